@@ -1,0 +1,39 @@
+"""recurra: write one step of any recurrent cell; the rest is done for you.
+
+    from recurra import Cell, Recurrent
+
+Everything is imported where it is first used, so that importing recurra costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_homes = {
+    "Cell": "recurra.cell",
+    "State": "recurra.cell",
+    "detach": "recurra.cell",
+    "Recurrent": "recurra.unroll",
+    "Bidirectional": "recurra.unroll",
+    "truncated": "recurra.unroll",
+    "Stream": "recurra.stream",
+    "RecurraError": "recurra.errors",
+}
+_rooms = ("cells", "nn", "data", "tasks", "training", "decoding")
+
+__all__ = [*_homes, *_rooms]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _homes:
+        return getattr(importlib.import_module(_homes[name]), name)
+    if name in _rooms:
+        return importlib.import_module(f"recurra.{name}")
+    raise AttributeError(f"module 'recurra' has no attribute {name!r}: known are {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

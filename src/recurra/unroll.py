@@ -1,0 +1,280 @@
+"""A cell over time: the plain loop that is the truth, and the modules around it.
+
+Legend: T time, B batch, I input, H hidden, O output, D any feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurra.cell import Cell, State, describe, detach, leaves, map_state, where_rows
+from recurra.errors import BackendError, ShapeError, suggest
+
+BACKENDS = ("auto", "loop", "hoisted", "compiled")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path a Recurrent takes, and why."""
+
+    asked: str
+    ran: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"backend={self.asked!r} runs {self.ran!r}: {self.why}"
+
+
+def loop(
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    context: Any = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    fresh: State | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, State]:
+    """The reference loop: one step after another. Every other path is proven equal to it.
+
+    x (T, B, I), lengths (B,) int64, resets (T, B) bool; ``fresh`` is the state a reset row starts from and
+    ``context`` is drawn already. Nothing is checked here: ``Recurrent`` checks at its boundary.
+    Returns y (T, B, O), zero beyond each row's length, and each row's state after its own last step.
+    """
+    T = x.shape[0]
+    active = None
+    if lengths is not None:
+        active = torch.arange(T, device=x.device)[:, None] < lengths
+        # Whatever lies in the padding, NaN too, must reach neither a number nor a gradient.
+        x = torch.where(active[:, :, None], x, torch.zeros_like(x))
+        resets = None if resets is None else resets & active
+    ys: list[Tensor] = [x] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        if resets is not None:
+            state = where_rows(resets[t], fresh, state)
+        new, y = cell(state, x[t], context)
+        new = map_state(_as_carried, new, state)
+        if active is not None:
+            new = where_rows(active[t], new, state)
+            y = where_rows(active[t], y, torch.zeros_like(y))
+        state, ys[t] = new, y
+    return torch.stack(ys), state
+
+
+def _as_carried(new: Tensor, old: Tensor) -> Tensor:
+    """What a step returned, held to the shape and, under autocast, to the precision of what came in."""
+    if new.shape != old.shape:
+        raise ShapeError(
+            f"a step must keep the shape of its state: {tuple(old.shape)} went in, {tuple(new.shape)} came out"
+        )
+    return new.to(old.dtype)
+
+
+class Recurrent(nn.Module):
+    """A cell over time.
+
+    ``backend``: ``"loop"`` is the reference, one step after another. ``"hoisted"`` and ``"compiled"`` are the
+    names of the faster paths; this version has none and refuses them. ``"auto"`` takes the fastest path there
+    is, today the loop. ``explain()`` says which, and why.
+
+    ``reverse=True`` steps from each row's last valid step to its first; y stays in the order of x.
+
+    Raises BackendError for a path that cannot run this cell.
+    """
+
+    def __init__(self, cell: Cell, reverse: bool = False, backend: str = "auto") -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):
+            raise ShapeError(
+                f"Recurrent takes a recurra.Cell, got {type(cell).__name__}: subclass Cell and write its step"
+            )
+        self.cell = cell
+        self.reverse = reverse
+        self.backend = backend
+        self._explanation = choose_backend(backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+        context: Any = None,
+    ) -> tuple[Tensor, State]:
+        """x (T, B, I) -> y (T, B, O) and the final state, each row's at its own last step.
+
+        state: as ``cell.initial_state(B)``, which is also the default.
+        lengths (B,): valid steps of each row, 0 to T, in any order, on any device. y is zero beyond them.
+        resets (T, B) bool: that row starts afresh from ``initial_state`` before that step is taken.
+        context: handed to ``cell.draw_context``, and what that returns to every step.
+
+        Raises ShapeError for a shape, dtype or structure that does not fit.
+        """
+        T, B = self._check_x(x)
+        fresh = self.cell.initial_state(B)
+        state = fresh if state is None else _check_state(state, fresh)
+        lengths = None if lengths is None else _check_lengths(lengths, T, B, x.device)
+        resets = None if resets is None else _check_resets(resets, T, B, x.device)
+        context = self.cell.draw_context(B, context)
+        if T == 0:
+            return x.new_zeros(0, B, output_size(self.cell)), state
+        return loop(
+            self.cell, x, state, context, lengths=lengths, resets=resets, fresh=fresh, reverse=self.reverse
+        )
+
+    def explain(self) -> Explanation:
+        """Which path runs this cell, and why."""
+        return self._explanation
+
+    def extra_repr(self) -> str:
+        return f"reverse={self.reverse}, backend={self.backend!r}"
+
+    def _check_x(self, x: Tensor) -> tuple[int, int]:
+        if x.dim() != 3:
+            raise ShapeError(f"expected x (T, B, I), time first, got {x.dim()} axes: {tuple(x.shape)}")
+        expected = getattr(self.cell, "input_size", None)
+        if expected is not None and x.shape[2] != expected:
+            raise ShapeError(
+                f"expected x (T, B, {expected}), as {type(self.cell).__name__} has input_size={expected}, "
+                f"got {tuple(x.shape)}"
+            )
+        return x.shape[0], x.shape[1]
+
+
+class Bidirectional(nn.Module):
+    """Two cells over time, one in each direction, their outputs side by side.
+
+    Schuster & Paliwal 1997. Each row is read backwards from its own last valid step.
+    ``resets`` mark where a new piece begins; the backward cell starts afresh where such a piece ends.
+    The state is the pair (forward state, backward state).
+    """
+
+    def __init__(self, forward_cell: Cell, backward_cell: Cell, backend: str = "auto") -> None:
+        super().__init__()
+        if forward_cell is backward_cell:
+            raise ShapeError("the two directions need a cell each, got the same object twice: make a second one")
+        self.ahead = Recurrent(forward_cell, backend=backend)
+        self.back = Recurrent(backward_cell, reverse=True, backend=backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tuple[State, State] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+        context: Any = None,
+    ) -> tuple[Tensor, tuple[State, State]]:
+        """x (T, B, I) -> y (T, B, O forward + O backward) and both final states. Arguments as Recurrent's."""
+        state_ahead, state_back = (None, None) if state is None else state
+        ends = None if resets is None else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+        y_ahead, new_ahead = self.ahead(x, state_ahead, lengths=lengths, resets=resets, context=context)
+        y_back, new_back = self.back(x, state_back, lengths=lengths, resets=ends, context=context)
+        return torch.cat([y_ahead, y_back], dim=2), (new_ahead, new_back)
+
+    def explain(self) -> Explanation:
+        """Which path runs the two cells, and why."""
+        return self.ahead.explain()
+
+
+def truncated(
+    rnn: Recurrent,
+    x: Tensor,
+    window: int,
+    state: State | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    context: Any = None,
+) -> Iterator[tuple[slice, Tensor, State]]:
+    """Truncated backpropagation through time, as a loop of your own (Williams & Peng 1990; Sutskever 2013).
+
+    Cuts x (T, B, I) into windows of ``window`` steps and yields, for each, where it lies, its outputs and the
+    state after it. The state is carried on into the next window, the gradient is not::
+
+        for span, y, state in truncated(rnn, x, 35):
+            loss(y, target[span]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Raises ShapeError for a window below 1, and for a reversed recurrence, which cannot be carried on.
+    """
+    if window < 1:
+        raise ShapeError(f"expected a window of at least 1 step, got {window}")
+    if not isinstance(rnn, Recurrent) or rnn.reverse:
+        raise ShapeError("only a forward Recurrent can carry its state from one window into the next")
+    if lengths is not None:
+        lengths = _check_lengths(lengths, x.shape[0], x.shape[1], x.device)
+    for start in range(0, x.shape[0], window):
+        span = slice(start, min(start + window, x.shape[0]))
+        y, state = rnn(
+            x[span],
+            state,
+            lengths=None if lengths is None else (lengths - start).clamp(0, span.stop - start),
+            resets=None if resets is None else resets[span],
+            context=context,
+        )
+        yield span, y, state
+        state = detach(state)
+
+
+def choose_backend(asked: str) -> Explanation:
+    """The one door to the faster paths: which of them answers to ``asked``. Raises BackendError if none."""
+    if asked not in BACKENDS:
+        raise BackendError(f"there is no backend {asked!r}: {suggest(asked, BACKENDS)}")
+    if asked == "loop":
+        return Explanation(asked, "loop", "the reference loop was asked for")
+    if asked == "auto":
+        return Explanation(asked, "loop", "this version has no faster path than the reference loop")
+    raise BackendError(
+        f"backend={asked!r} is not part of this version, which runs every cell in the reference loop: "
+        "use backend='loop', or 'auto' to take a faster path as soon as there is one"
+    )
+
+
+def output_size(cell: Cell) -> int:
+    """``cell.output_size``, or a ShapeError that says who needs it."""
+    size = getattr(cell, "output_size", None)
+    if not isinstance(size, int):
+        raise ShapeError(f"{type(cell).__name__} does not say its output_size: set self.output_size in its __init__")
+    return size
+
+
+def _check_state(state: State, fresh: State) -> State:
+    given, expected = leaves(state), leaves(fresh)
+    if [leaf.shape for leaf in given] != [leaf.shape for leaf in expected]:
+        raise ShapeError(f"expected a state {describe(fresh)}, as initial_state gives it, got {describe(state)}")
+    for leaf, like in zip(given, expected, strict=True):
+        if leaf.dtype != like.dtype or leaf.device != like.device:
+            raise ShapeError(
+                f"expected a state of {like.dtype} on {like.device}, got {leaf.dtype} on {leaf.device}: "
+                "move it with state.to(...)"
+            )
+    # A plain tuple stands in for a named one of the same sizes.
+    rest = iter(given)
+    return map_state(lambda _: next(rest), fresh)
+
+
+def _check_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.device) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape != (B,):
+        raise ShapeError(
+            f"expected lengths ({B},), a whole number for each row, got {tuple(lengths.shape)} {lengths.dtype}"
+        )
+    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+        worst = int(lengths.min()) if int(lengths.min()) < 0 else int(lengths.max())
+        raise ShapeError(f"expected lengths from 0 to T={T}, got {worst}")
+    return lengths.to(device=device, dtype=torch.int64)
+
+
+def _check_resets(resets: Tensor, T: int, B: int, device: torch.device) -> Tensor:
+    if resets.dtype != torch.bool or resets.shape != (T, B):
+        raise ShapeError(f"expected resets ({T}, {B}) of torch.bool, got {tuple(resets.shape)} of {resets.dtype}")
+    return resets.to(device)
