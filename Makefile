@@ -9,7 +9,7 @@ demo: $(VENV)/.core  ## train on the standard library's documentation and print 
 	$(RUN)/recurra demo
 
 test: $(VENV)/.dev  ## run the tests
-	$(RUN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(RUN)/ruff format --check .

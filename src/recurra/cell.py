@@ -85,10 +85,10 @@ def leaves(state: State) -> list[Tensor]:
 
 def map_state(function: Callable[..., Tensor], state: State, *others: State) -> State:
     """``function`` of each leaf of ``state`` and the leaves at its place in ``others``, in the same structure."""
-    if isinstance(state, Tensor):
+    if isinstance(state, Tensor) and all(isinstance(other, Tensor) for other in others):
         return function(state, *others)
     for other in others:
-        if not isinstance(other, tuple) or len(other) != len(state):
+        if not (isinstance(state, tuple) and isinstance(other, tuple) and len(state) == len(other)):
             raise ShapeError(
                 f"two states differ in structure: {describe(state)} and {describe(other)}; "
                 "a step returns a state of the structure that initial_state gave"
@@ -118,7 +118,7 @@ def where_rows(mask: Tensor, state: State, other: State) -> State:
 
 def to_flat(state: State) -> Tensor:
     """A state as one tensor (B, D): each leaf flattened behind the batch axis, side by side."""
-    return torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in leaves(state)], dim=1)
+    return torch.cat([leaf.reshape(leaf.shape[0], leaf.shape[1:].numel()) for leaf in leaves(state)], dim=1)
 
 
 def from_flat(flat: Tensor, like: State) -> State:
@@ -127,7 +127,7 @@ def from_flat(flat: Tensor, like: State) -> State:
     if flat.dim() != 2 or flat.shape[1] != sum(sizes):
         raise ShapeError(f"expected a flat state (B, {sum(sizes)}), got {tuple(flat.shape)}")
     pieces = iter(flat.split(sizes, dim=1))
-    return map_state(lambda leaf: next(pieces).reshape(-1, *leaf.shape[1:]).to(leaf.dtype), like)
+    return map_state(lambda leaf: next(pieces).reshape(len(flat), *leaf.shape[1:]).to(leaf.dtype), like)
 
 
 def describe(state: State) -> str:

@@ -50,9 +50,14 @@ def loop(
     T = x.shape[0]
     active = None
     if lengths is not None:
-        active = torch.arange(T, device=x.device)[:, None] < lengths
-        # Whatever lies in the padding, NaN too, must reach neither a number nor a gradient.
-        x = torch.where(active[:, :, None], x, torch.zeros_like(x))
+        steps = torch.arange(T, device=x.device)[:, None]
+        active = steps < lengths
+        # Whatever lies in the padding, NaN too, must reach neither a number nor a gradient. A row that has
+        # ended takes its last input again, for nothing: zeros would give NaN gradients in a cell that divides.
+        last = torch.minimum(steps, (lengths - 1).clamp(min=0))
+        filler = x.detach().gather(0, last[:, :, None].expand_as(x))
+        filler = torch.where((lengths > 0)[:, None], filler, torch.ones_like(filler))
+        x = torch.where(active[:, :, None], x, filler)
         resets = None if resets is None else resets & active
     ys: list[Tensor] = [x] * T
     for t in reversed(range(T)) if reverse else range(T):
@@ -173,8 +178,17 @@ class Bidirectional(nn.Module):
         context: Any = None,
     ) -> tuple[Tensor, tuple[State, State]]:
         """x (T, B, I) -> y (T, B, O forward + O backward) and both final states. Arguments as Recurrent's."""
+        T, B = self.ahead._check_x(x)
+        lengths = None if lengths is None else _check_lengths(lengths, T, B, x.device)
+        resets = None if resets is None else _check_resets(resets, T, B, x.device)
+        if state is not None and not (isinstance(state, tuple) and len(state) == 2):
+            raise ShapeError(f"expected a pair (forward state, backward state), got {describe(state)}")
         state_ahead, state_back = (None, None) if state is None else state
-        ends = None if resets is None else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+        ends = resets
+        if resets is not None:
+            if lengths is not None:
+                resets = resets & (torch.arange(T, device=x.device)[:, None] < lengths)
+            ends = torch.cat([resets[1:], torch.zeros_like(resets[:1])])
         y_ahead, new_ahead = self.ahead(x, state_ahead, lengths=lengths, resets=resets, context=context)
         y_back, new_back = self.back(x, state_back, lengths=lengths, resets=ends, context=context)
         return torch.cat([y_ahead, y_back], dim=2), (new_ahead, new_back)
@@ -210,10 +224,11 @@ def truncated(
         raise ShapeError(f"expected a window of at least 1 step, got {window}")
     if not isinstance(rnn, Recurrent) or rnn.reverse:
         raise ShapeError("only a forward Recurrent can carry its state from one window into the next")
-    if lengths is not None:
-        lengths = _check_lengths(lengths, x.shape[0], x.shape[1], x.device)
-    for start in range(0, x.shape[0], window):
-        span = slice(start, min(start + window, x.shape[0]))
+    T, B = rnn._check_x(x)
+    lengths = None if lengths is None else _check_lengths(lengths, T, B, x.device)
+    resets = None if resets is None else _check_resets(resets, T, B, x.device)
+    for start in range(0, T, window):
+        span = slice(start, min(start + window, T))
         y, state = rnn(
             x[span],
             state,
@@ -258,8 +273,7 @@ def _check_state(state: State, fresh: State) -> State:
                 "move it with state.to(...)"
             )
     # A plain tuple stands in for a named one of the same sizes.
-    rest = iter(given)
-    return map_state(lambda _: next(rest), fresh)
+    return map_state(lambda _, leaf: leaf, fresh, state)
 
 
 def _check_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.device) -> Tensor:

@@ -1,0 +1,45 @@
+"""The command line. Thin: arguments in, library calls, tables and pictures out."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """The ``recurra`` command. Exits 0 when done, 1 when failed, 2 for wrong usage, 130 when interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors are told on stderr, in one line and without a traceback."""
+    from cyclopts import CycloptsError
+
+    from recurra.cli.app import app
+    from recurra.cli.talk import complain
+    from recurra.errors import ConfigError, RecurraError
+
+    try:
+        code = app(arguments, result_action="return_value", print_error=False, exit_on_error=False)
+        sys.stdout.flush()
+        return code or 0
+    except CycloptsError as error:
+        complain(f"{error}")
+        command = " ".join(getattr(error, "command_chain", None) or ())
+        complain(f"try: recurra {command + ' ' if command else ''}--help", label=None)
+        return 2
+    except ConfigError as error:
+        complain(str(error))
+        return 2
+    except RecurraError as error:
+        complain(str(error), label=None if hasattr(error, "exit_code") else "error")
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        complain("interrupted", label=None)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain once more when it flushes at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except OSError as error:
+        complain(f"{error.filename or 'the operating system'}: {error.strerror or error}")
+        return 1

@@ -1,0 +1,111 @@
+"""Files that appear together and whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from recurra.errors import DataError
+
+DIGEST_BYTES = 32
+
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit on the size of a file is reached",
+}
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns every OSError of the block into a DataError that names the folder."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in _NO_ROOM:
+            raise DataError(
+                f"{_NO_ROOM[problem.errno]} while writing into {folder}: "
+                "free space there, or name another folder"
+            ) from problem
+        raise DataError(f"cannot write into {folder}: {problem.strerror or problem}") from problem
+
+
+class Output:
+    """One file being written: its size and the BLAKE2b digest of its bytes so far."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.temporary = place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp")
+        self.file = io.BufferedWriter(io.FileIO(self.temporary, "x"))
+        self.size = 0
+        self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self._hash.update(data)
+        self.size += memoryview(data).nbytes
+
+
+class Outputs:
+    """Files of one folder, written under temporary names until ``commit``.
+
+    The last file created is the mark that the others are complete: its old version goes before any of them
+    takes its place, and its new version comes after all of them. Without a commit nothing in the folder has
+    changed. Raises DataError for everything that goes wrong in writing, a full disk too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: list[Output] = []
+
+    def create(self, name: str) -> Output:
+        output = Output(self.folder / name)
+        self._files.append(output)
+        return output
+
+    def commit(self) -> None:
+        for output in self._files:
+            output.file.flush()
+            os.fsync(output.file.fileno())
+            output.file.close()
+        self._files[-1].place.unlink(missing_ok=True)
+        for output in self._files:
+            os.replace(output.temporary, output.place)
+        _sync(self.folder)
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for output in self._files:
+            # A full disk fails once more when a file is closed with something still to write.
+            with contextlib.suppress(OSError):
+                output.file.close()
+            with contextlib.suppress(OSError):
+                output.temporary.unlink()
+        if isinstance(problem, OSError):
+            with writing(self.folder):
+                raise problem
+
+
+def _sync(folder: Path) -> None:
+    """Forces the list of names to the disk, where the system can do that for a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

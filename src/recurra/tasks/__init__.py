@@ -1,0 +1,1 @@
+"""Applications, one a file: model, data, loss, figures and prediction."""

@@ -1,0 +1,243 @@
+"""Language models: the next character, byte, word or subword, given all before it.
+
+Legend: T time, B batch, I input, H hidden, O output, D any feature; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recurra import cells
+from recurra.cell import Cell, State, select_rows
+from recurra.data.corpus import Corpus
+from recurra.data.streams import Streams
+from recurra.data.vocabulary import Vocabulary, vocabulary_from_json
+from recurra.decoding import decode_stream, generate, until
+from recurra.errors import CheckpointError, ConfigError, ShapeError
+from recurra.tasks.language_config import LanguageConfig, ModelConfig
+from recurra.training.checkpoint import load, load_into
+from recurra.training.config import resolve
+from recurra.training.files import read_json
+from recurra.training.run import Run
+from recurra.unroll import Recurrent
+
+
+class LanguageModel(nn.Module):
+    """Embedding, a cell over time, readout (Mikolov et al. 2010)::
+
+        h_t, y_t = cell(h_{t-1}, E[token_t])
+        logits_t = W_hy y_t + b
+
+    ``tied`` makes W_hy the embedding E itself (Press & Wolf 2017); the cell's output then has its size.
+    Raises ShapeError where the cell does not fit.
+    """
+
+    def __init__(self, vocabulary_size: int, embedding_size: int, cell: Cell, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size)
+        self.rnn = Recurrent(cell)
+        self.readout = nn.Linear(cell.output_size, vocabulary_size)
+        nn.init.zeros_(self.readout.bias)
+        if tied:
+            if cell.output_size != embedding_size:
+                raise ShapeError(
+                    f"a tied readout needs a cell whose output has the embedding's {embedding_size} features, "
+                    f"got {cell.output_size}"
+                )
+            nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
+            self.readout.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (T, B) int64 -> logits (T, B, V) of the token after each, and the state after the last."""
+        y, state = self.rnn(self.embedding(tokens), state)
+        return self.readout(y), state
+
+
+def build_model(vocabulary_size: int, config: ModelConfig) -> LanguageModel:
+    """The language model that a configuration describes."""
+    makers = {
+        "lstm": cells.LSTM,
+        "gru": cells.GRU,
+        "vanilla": cells.Vanilla,
+        "relu": partial(cells.Vanilla, activation=torch.relu),
+        "peephole-lstm": cells.PeepholeLSTM,
+        "coupled-lstm": cells.CoupledLSTM,
+        "layer-norm-lstm": cells.LayerNormLSTM,
+        "gru-reset-before": cells.GRUResetBefore,
+        "highway": cells.RecurrentHighway,
+        "min-gru": cells.MinGRU,
+        "min-lstm": cells.MinLSTM,
+        "slstm": cells.SLSTM,
+        "mlstm": cells.MLSTM,
+    }
+    layers: list[Cell] = []
+    input_size = config.embedding_size
+    for layer in range(config.layers):
+        last = layer == config.layers - 1
+        hidden_size = config.embedding_size if last and config.tied else config.hidden_size
+        cell: Cell = makers[config.cell](input_size, hidden_size)
+        if config.weight_drop:
+            if not hasattr(cell, "weight_hh"):
+                raise ConfigError(f"weight_drop drops recurrent weights, and the cell {config.cell} has none")
+            cell = cells.WeightDrop(cell, config.weight_drop)
+        if config.zoneout:
+            cell = cells.Zoneout(cell, config.zoneout)
+        if config.layer_norm:
+            cell = cells.LayerNorm(cell)
+        if config.dropout:
+            cell = cells.VariationalDropout(cell, input=config.dropout if layer == 0 else 0, output=config.dropout)
+        if config.residual and input_size == hidden_size:
+            cell = cells.Residual(cell)
+        layers.append(cell)
+        input_size = hidden_size
+    return LanguageModel(vocabulary_size, config.embedding_size, cells.Stack(*layers), config.tied)
+
+
+class LanguageTask:
+    """Training a language model on a corpus, as ``recurra.training.task.Task`` asks for it."""
+
+    def __init__(self, corpus: Corpus, config: LanguageConfig) -> None:
+        self.corpus, self.config = corpus, config
+        torch.manual_seed(config.training.seed)
+        self.model = build_model(len(corpus.vocabulary), config.model)
+        self.streams = Streams(corpus.split("train"), config.training.batch_size, config.training.window)
+        self.windows = len(self.streams)
+        self.unit = {"character": "characters", "byte": "bytes", "word": "words", "subword": "subwords"}[
+            corpus.vocabulary.unit
+        ]
+
+    def identity(self) -> dict[str, str]:
+        return identity(self.corpus.vocabulary)
+
+    def initial_carry(self) -> State:
+        with torch.no_grad():
+            return self.model.rnn.cell.initial_state(self.config.training.batch_size)
+
+    def loss(self, model: nn.Module, window: int, carry: State, rows: slice) -> tuple[Tensor, int, State]:
+        inputs, targets = self.streams.window(window, rows)
+        logits, carry = model(inputs, carry)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), targets.numel(), carry
+
+    def evaluate(self, model: nn.Module) -> float:
+        assert isinstance(model, LanguageModel)
+        nats, count = score(model, self.corpus.split("validation"))
+        return nats / count
+
+    def figures(self, loss: float) -> dict[str, float]:
+        return figures(loss, self.corpus.tokens["train"] / self.corpus.characters["train"])
+
+
+def identity(vocabulary: Vocabulary) -> dict[str, str]:
+    """A digest of the vocabulary: the same number must stand for the same text."""
+    canonical = json.dumps(vocabulary.to_json(), sort_keys=True).encode()
+    return {"vocabulary": hashlib.blake2b(canonical, digest_size=16).hexdigest()}
+
+
+def figures(loss: float, tokens_per_character: float) -> dict[str, float]:
+    """Bits per character and perplexity per token, from the mean loss in nats per token."""
+    return {
+        "bits per character": loss * tokens_per_character / math.log(2),
+        "perplexity": math.exp(min(loss, 700.0)),
+    }
+
+
+def score(model: LanguageModel, tokens: np.ndarray, streams: int = 16, window: int = 256) -> tuple[float, int]:
+    """The loss of a model on a text: nats in all, and the number of tokens predicted, every one but the first.
+
+    The text is cut into ``streams`` pieces that are read side by side, each from a fresh state; 1 reads it whole.
+    """
+    streams = max(1, min(streams, (len(tokens) - 1) // 2))
+    cut = Streams(tokens, streams, window)
+    model.eval()
+    nats, count, state = 0.0, 0, None
+    with torch.no_grad():
+        for k in range(len(cut)):
+            inputs, targets = cut.window(k)
+            logits, state = model(inputs, state)
+            nats += F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="sum").item()
+            count += targets.numel()
+        rest = torch.from_numpy(np.asarray(tokens[count:], dtype=np.int64))[:, None]
+        if len(rest) > 1:
+            # What does not divide among the pieces goes on where the last of them ended.
+            logits, _ = model(rest[:-1], select_rows(state, torch.tensor([streams - 1])))
+            nats += F.cross_entropy(logits[:, 0].double(), rest[1:, 0], reduction="sum").item()
+            count += len(rest) - 1
+    return nats, count
+
+
+@dataclass(frozen=True)
+class Language:
+    """A trained language model, ready to write."""
+
+    model: LanguageModel
+    vocabulary: Vocabulary
+    config: LanguageConfig
+
+    @classmethod
+    def load(cls, run: Run, checkpoint: str = "best") -> Language:
+        """The model of a run, in evaluation mode. Raises CheckpointError or DataError where a file is damaged."""
+        config = resolve(LanguageConfig, toml=run.config, environ={})
+        vocabulary = vocabulary_from_json(read_json(run.path / "vocabulary.json"))
+        model = build_model(len(vocabulary), config.model)
+        stored = load(run.checkpoints, checkpoint)
+        if stored.facts.get("task") != identity(vocabulary):
+            raise CheckpointError(
+                f"the vocabulary {run.path / 'vocabulary.json'} is not the one that the checkpoint {checkpoint} was "
+                "trained with: put back the file that training wrote"
+            )
+        weights = {name.removeprefix("model."): t for name, t in stored.tensors.items() if name.startswith("model.")}
+        load_into(model, weights)
+        model.eval()
+        return cls(model, vocabulary, config)
+
+    def step(self, state: State | None, tokens: Tensor) -> tuple[Tensor, State]:
+        """One step for every row: tokens (B,) -> logits (B, V) and the state after it."""
+        with torch.no_grad():
+            logits, state = self.model(tokens[None], state)
+        return logits[0], state
+
+    def sample(
+        self,
+        prompt: str = "",
+        length: int = 500,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | None = None,
+    ) -> Iterator[str]:
+        """Text that goes on from the prompt, piece by piece as it is written; ``length`` tokens at most.
+
+        The same seed gives the same text. ``stop`` ends it before that string.
+        Raises DataError for a prompt with characters that the model has never seen.
+        """
+        tokens = self.vocabulary.encode(prompt or "\n", where="the prompt")
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        ids = generate(
+            self.step,
+            None,
+            [int(token) for token in tokens],
+            length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+        pieces = decode_stream(self.vocabulary, ids)
+        yield from pieces if stop is None else until(pieces, stop)
+
