@@ -238,9 +238,7 @@ CATALOGUE = [
         "deep",
         lambda i, h: cells.Stack(
             cells.LayerNorm(cells.Zoneout(cells.LSTM(i, h), (0.2, 0.1))),
-            cells.Residual(
-                cells.WeightDrop(cells.VariationalDropout(cells.GRU(h, h), 0.1), 0.5, ("cell.weight_hh",))
-            ),
+            cells.Residual(cells.WeightDrop(cells.VariationalDropout(cells.GRU(h, h), 0.1), 0.5, ("cell.weight_hh",))),
         ),
         plain.stack(
             plain.layer_norm(plain.expected_zoneout(plain.lstm, 0.2, 0.1)),
@@ -262,9 +260,7 @@ CATALOGUE = [
     Entry(
         "user: Counting",
         Counting,
-        plain.Plain(
-            lambda p: (plain.zeros(p, len(p["inward"])), torch.zeros((), dtype=torch.int64)), counting_step
-        ),
+        plain.Plain(lambda p: (plain.zeros(p, len(p["inward"])), torch.zeros((), dtype=torch.int64)), counting_step),
     ),
 ]
 

@@ -79,9 +79,7 @@ def row_by_row(oracle: Callable[..., tuple], x, lengths: list[int], *states) -> 
     return Y, *(np.concatenate(rows) for rows in zip(*finals, strict=True))
 
 
-def _run(
-    op: str, gates: dict[str, Gate], order: str, x, states: tuple, reverse: bool, P=None, **attributes
-) -> tuple:
+def _run(op: str, gates: dict[str, Gate], order: str, x, states: tuple, reverse: bool, P=None, **attributes) -> tuple:
     W = np.concatenate([gates[gate].W for gate in order])[None]
     R = np.concatenate([gates[gate].R for gate in order])[None]
     B = np.concatenate([gates[gate].Wb for gate in order] + [gates[gate].Rb for gate in order])[None]
@@ -92,20 +90,12 @@ def _run(
     slots = ["X", "W", "R", "B", "", "initial_h", "initial_c", "P"][: 5 + len(states) + (P is not None)]
     outputs = {"Y": 4, "Y_h": 3} | ({"Y_c": 3} if op == "LSTM" else {})
     direction = "reverse" if reverse else "forward"
-    node = helper.make_node(
-        op, slots, list(outputs), hidden_size=R.shape[2], direction=direction, **attributes
-    )
+    node = helper.make_node(op, slots, list(outputs), hidden_size=R.shape[2], direction=direction, **attributes)
     graph = helper.make_graph(
         [node],
         op,
-        [
-            helper.make_tensor_value_info(name, TensorProto.DOUBLE, array.shape)
-            for name, array in feeds.items()
-        ],
-        [
-            helper.make_tensor_value_info(name, TensorProto.DOUBLE, [None] * axes)
-            for name, axes in outputs.items()
-        ],
+        [helper.make_tensor_value_info(name, TensorProto.DOUBLE, array.shape) for name, array in feeds.items()],
+        [helper.make_tensor_value_info(name, TensorProto.DOUBLE, [None] * axes) for name, axes in outputs.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
     onnx.checker.check_model(model)

@@ -34,9 +34,7 @@ def pair(kind: str, input_size: int, hidden_size: int, cls: type | None = None, 
 
 def a_state(module: torch.nn.RNNBase, *batch: int) -> Any:
     count = module.num_layers * (2 if module.bidirectional else 1)
-    h = torch.randn(
-        count, *batch, module.proj_size or module.hidden_size, dtype=torch.float64, requires_grad=True
-    )
+    h = torch.randn(count, *batch, module.proj_size or module.hidden_size, dtype=torch.float64, requires_grad=True)
     c = torch.randn(count, *batch, module.hidden_size, dtype=torch.float64, requires_grad=True)
     return (h, c) if module.mode == "LSTM" else h
 
@@ -53,9 +51,7 @@ def everything(module: torch.nn.Module, x: Any, hx: Any = None) -> list[Tensor]:
     """Output, final state, and the gradients of a weighted sum of both by input, state and weights."""
     results = [tensor for tensor in tensors(module(x, hx)) if tensor.is_floating_point()]
     generator = torch.Generator().manual_seed(7)
-    total = sum(
-        (r * torch.randn(r.shape, dtype=torch.float64, generator=generator).to(r)).sum() for r in results
-    )
+    total = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=generator).to(r)).sum() for r in results)
     source = x.data if isinstance(x, PackedSequence) else x
     sources = [source, *([] if hx is None else tensors(hx)), *module.parameters()]
     return [*results, *torch.autograd.grad(total, [s for s in sources if s.requires_grad])]

@@ -102,9 +102,7 @@ def by_pieces(case: Case) -> tuple[Tensor, State]:
         context = None if case.context is None else case.context[b : b + 1]
         y = {}
         for k, span in enumerate(reversed(spans) if case.reverse else spans):
-            y[span.start, span.stop], state = rnn(
-                case.x[span, b : b + 1], state if k == 0 else None, context=context
-            )
+            y[span.start, span.stop], state = rnn(case.x[span, b : b + 1], state if k == 0 else None, context=context)
         padding = case.x.new_zeros(T - n, 1, case.cell.output_size)
         ys.append(torch.cat([*(y[span.start, span.stop] for span in spans), padding]))
         finals.append(state)
@@ -124,9 +122,7 @@ def in_chunks(*cuts: int) -> Path:
             y, state = rnn(
                 case.x[span],
                 state,
-                lengths=None
-                if case.lengths is None
-                else (case.lengths - span.start).clamp(0, span.stop - span.start),
+                lengths=None if case.lengths is None else (case.lengths - span.start).clamp(0, span.stop - span.start),
                 resets=None if case.resets is None else case.resets[span],
                 context=case.context,
             )
@@ -143,9 +139,7 @@ def truncated(window: int) -> Path:
         rnn = unroll.Recurrent(case.cell)
         options = {"lengths": case.lengths, "resets": case.resets, "context": case.context}
         windows = list(unroll.truncated(rnn, case.x, window, case.state, **options))
-        assert torch.cat([torch.arange(len(case.x))[span] for span, _, _ in windows]).tolist() == [
-            *range(len(case.x))
-        ]
+        assert torch.cat([torch.arange(len(case.x))[span] for span, _, _ in windows]).tolist() == [*range(len(case.x))]
         return torch.cat([y for _, y, _ in windows]), windows[-1][2]
 
     return path
@@ -204,3 +198,61 @@ def as_one_row_streams(case: Case) -> tuple[Tensor, State]:
             )
         )
     return torch.cat([y for y, _ in rows], dim=1), map_state(lambda *r: torch.cat(r), *(s for _, s in rows))
+
+
+def seeded(path: Path, seed: int = 11) -> Path:
+    """The path, with the random numbers of ``seed``."""
+
+    def run(case: Case) -> tuple[Tensor, State]:
+        torch.manual_seed(seed)
+        return path(case)
+
+    return run
+
+
+def dropout_by_hand(case: Case) -> tuple[Tensor, State]:
+    """Masks drawn as the cell draws them, then the oracle of the bare cell between them."""
+    cell = case.cell
+    on_x, on_y, _ = cell.draw_context(case.x.shape[1])
+    for mask, share in ((on_x, cell.input), (on_y, cell.output)):
+        assert set(mask.unique().tolist()) <= {0.0, 1 / (1 - share)}
+    inner = plain.inside(case.parameters, "cell.")
+    y, final = plain.unroll(
+        plain.lstm, inner, case.x * on_x, 4, state=case.state, lengths=case.lengths, reverse=case.reverse
+    )
+    return y * on_y, final
+
+
+def zoneout_by_hand(case: Case) -> tuple[Tensor, State]:
+    """Masks of each step drawn as the cell draws them; LSTM steps of the oracle between them."""
+    shares = case.cell.shares
+    inner = plain.inside(case.parameters, "cell.")
+    T, B, _ = case.x.shape
+    rows = [plain.lstm.first(inner) if case.state is None else plain.row(case.state, b) for b in range(B)]
+    ys = []
+    for t in range(T):
+        masks = [torch.rand(B, 4, dtype=torch.float64) < share if share else None for share in shares]
+        for b in range(B):
+            (h, c), _ = plain.lstm.step(inner, rows[b], case.x[t, b], None)
+            kept = [
+                new if mask is None else torch.where(mask[b], old, new)
+                for mask, old, new in zip(masks, rows[b], (h, c), strict=True)
+            ]
+            rows[b] = tuple(kept)
+        ys.append(torch.stack([h for h, _ in rows]))
+    return torch.stack(ys), plain.together(rows)
+
+
+def weights_dropped_by_hand(case: Case) -> tuple[Tensor, State]:
+    """Weights dropped as the cell drops them, then the oracle of the bare LSTM with them."""
+    cell = case.cell
+    dropped, _ = cell.draw_context(case.x.shape[1])
+    p = plain.inside(case.parameters, "cell.")
+    for name in cell.names:
+        ratio = (dropped[name] / p[name]).detach()
+        kept = (ratio - 1 / (1 - cell.share)).abs() < 1e-12
+        assert (kept | (ratio == 0)).all()
+        assert kept.any()
+        assert not kept.all()
+        p[name] = p[name] * ratio
+    return plain.unroll(plain.lstm, p, case.x, 4, state=case.state, lengths=case.lengths, reverse=case.reverse)

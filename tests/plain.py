@@ -1,7 +1,7 @@
 """The oracle: every cell's published equations a second time, for one row, and the plainest unrolling.
 
-Nothing of recurra is called here. A row's state is a tensor or a tuple of tensors without the batch axis; ``p``
-holds the parameters by name. Exponential gates have no stabiliser, normalisation is spelt out, divisions divide.
+Nothing of recurra is called here. A row's state is a tensor or a tuple of tensors without the batch axis;
+``p`` holds the parameters by name. Exponential gates have no stabiliser, normalisation is spelt out.
 
 Legend: T time, B batch, I input, H hidden, O output, D any feature.
 """
@@ -15,7 +15,7 @@ import torch
 
 
 class Plain(NamedTuple):
-    """``first(p)`` is a row's state before its first step; ``step(p, state, x, context)`` gives (state, y)."""
+    """``first(p)`` is a row's state before any step; ``step(p, state, x, context)`` gives (state, y)."""
 
     first: Callable[..., Any]
     step: Callable[..., Any]
@@ -140,11 +140,7 @@ def projected_step(p, state, x, context):
 def layer_norm_lstm_step(p, state, x, _):
     h, c = state
     H = c.numel()
-    z = (
-        p["scale_x"] * normalise(p["weight_ih"] @ x)
-        + p["scale_h"] * normalise(p["weight_hh"] @ h)
-        + p["bias"]
-    )
+    z = p["scale_x"] * normalise(p["weight_ih"] @ x) + p["scale_h"] * normalise(p["weight_hh"] @ h) + p["bias"]
     i, f, g, o = (part(z, k, H) for k in range(4))
     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
     h = sigmoid(o) * tanh(p["scale_c"] * normalise(c) + p["bias_c"])

@@ -92,7 +92,8 @@ def test_views_of_any_kind_are_saved_by_value(tmp_path):
         "shared": base,
         "shared again": base[1:],
         "one": base[2, 3],
-        "negated": torch.complex(base, base).conj().imag,
+        "negated": torch._neg_view(base),
+        "negated in part": torch.complex(base, base).conj().imag,
         "parameter": nn.Parameter(torch.tensor([1.5, -2.5])),
         "computed": torch.tensor([3.0], requires_grad=True) * 2,
         "flipped": base.flip(0)[:, 1],
@@ -107,6 +108,17 @@ def test_views_of_any_kind_are_saved_by_value(tmp_path):
     assert len({tensor.data_ptr() for tensor in found.values()}) == len(found)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_on_a_gpu_are_saved_by_value_and_load_on_the_cpu(tmp_path):
+    on_gpu = {name: tensor.cuda() for name, tensor in _small().items()}
+    save(tmp_path, ("last",), on_gpu, {})
+    assert _same(load(tmp_path).tensors, _small())
+    module = nn.Linear(3, 2, bias=False).cuda()
+    load_into(module, {"weight": load(tmp_path).tensors["weight"]})
+    assert module.weight.is_cuda
+    assert module.weight.eq(1).all()
+
+
 def test_loaded_tensors_can_be_written_to_and_the_file_stays(tmp_path):
     save(tmp_path, ("last",), _small(), {})
     load(tmp_path).tensors["weight"].fill_(9)
@@ -118,6 +130,7 @@ def test_the_same_tensors_give_the_same_file_whatever_their_order(tmp_path):
     second = save(tmp_path / "b", ("last",), dict(reversed(_small().items())), {"step": 1})
     assert first.name == second.name
     assert first.read_bytes() == second.read_bytes()
+    assert (8 + int.from_bytes(first.read_bytes()[:8], "little")) % 8 == 0
     assert first.name != save(tmp_path / "c", ("last",), _small(2.0), {"step": 1}).name
 
 
@@ -182,9 +195,7 @@ def _unfit() -> Iterator[tuple[str, object, str]]:
     yield "__metadata__", dense, "no name for a tensor"
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "says"), list(_unfit()), ids=[name or "empty" for name, *_ in _unfit()]
-)
+@pytest.mark.parametrize(("name", "tensor", "says"), list(_unfit()), ids=[name or "empty" for name, *_ in _unfit()])
 def test_tensors_that_cannot_be_kept_are_refused_by_name_and_nothing_is_written(tmp_path, name, tensor, says):
     save(tmp_path, ("last",), _small(), {"step": 1})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -224,7 +235,7 @@ def _deep(levels: int) -> dict:
         ({"step": "../x"}, "facts['step'] must be a whole number"),
         (_endless(), "nested too deeply"),
         (_deep(100), "nested deeper"),
-        ({"a": [0] * 300_000}, "more than the 262144 values"),
+        ({"a": [0] * 70_000}, "more than the 65536 values"),
         ({"a": "x" * 2**23}, "keep what is large in tensors"),
     ],
 )
@@ -235,9 +246,7 @@ def test_facts_that_cannot_be_kept_are_refused_with_their_place(tmp_path, facts,
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["", "../last", "a/b", "..", ".last", "last.json", "a b", "x" * 65, "läst", "a\n"]
-)
+@pytest.mark.parametrize("name", ["", "../last", "a/b", "..", ".last", "last.json", "a b", "x" * 65, "läst", "a\n"])
 def test_names_that_are_no_plain_words_are_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match="no name for a checkpoint"):
         save(tmp_path, ("last", name), {}, {})
@@ -263,7 +272,7 @@ def test_names_share_a_tensor_file_and_each_keeps_its_own(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_next_save_removes_what_killed_savers_left_and_nothing_else(tmp_path):
+def test_the_next_save_removes_what_killed_savers_left_and_nothing_else(tmp_path, monkeypatch):
     save(tmp_path, ("last",), _small(1.0), {"step": 1})
     stale = [
         ".step-9-0123456789ab.safetensors.0123456789abcdef.tmp",
@@ -285,6 +294,13 @@ def test_the_next_save_removes_what_killed_savers_left_and_nothing_else(tmp_path
     for name in stale + others:
         (tmp_path / name).write_text("x")
     (tmp_path / "folder.json").mkdir()
+    real = tensor_file.write
+
+    def write(*arguments):
+        assert not set(stale) & set(os.listdir(tmp_path))  # the new file may need their room
+        real(*arguments)
+
+    monkeypatch.setattr(tensor_file, "write", write)
     save(tmp_path, ("last",), _small(2.0), {"step": 2})
     left = set(os.listdir(tmp_path))
     assert not left & set(stale)
@@ -472,12 +488,10 @@ def test_exchanged_tensor_files_are_noticed(tmp_path):
         ({"tensors": {"w": {"dtype": "F32", "shape": [2**62, 0], "digest": ""}}}, "too large"),
         ({"tensors": {"w": {"dtype": "F32", "shape": [10**4000], "digest": ""}}}, "too large"),
         ({"tensors": {"w": {"dtype": "F32", "shape": [2**40], "digest": ""}}}, "do not take"),
-        ({"tensors": {str(i): 0 for i in range(300_000)}}, "has .* bytes|more than the 262144 values"),
+        ({"tensors": {str(i): 0 for i in range(100_000)}}, "more than the 65536 values"),
     ],
 )
-def test_a_commit_file_made_up_by_hand_is_refused_before_memory_is_taken(
-    tmp_path, monkeypatch, changes, says
-):
+def test_a_commit_file_made_up_by_hand_is_refused_before_memory_is_taken(tmp_path, monkeypatch, changes, says):
     _tiny(tmp_path)
     _rewrite(tmp_path / "last.json")
     load(tmp_path)

@@ -155,9 +155,7 @@ def test_first_derivatives_are_right(kind: str, form: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives_are_right(kind: str) -> None:
     ours, _ = pair(kind, 2, 3)
-    assert torch.autograd.gradgradcheck(
-        *as_function(ours, numbers(2, 1, 2), a_state(ours, 1)), fast_mode=True
-    )
+    assert torch.autograd.gradgradcheck(*as_function(ours, numbers(2, 1, 2), a_state(ours, 1)), fast_mode=True)
 
 
 def test_second_derivatives_go_through_packed_sequences() -> None:

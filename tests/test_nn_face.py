@@ -88,9 +88,7 @@ def test_weights_go_both_ways(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_weights_are_uniform_in_one_over_the_root_of_h(kind: str) -> None:
     name, more = KINDS[kind]
-    weights = torch.cat(
-        [p.detach().flatten() for p in getattr(recurra.nn, name)(64, 64, **more).parameters()]
-    )
+    weights = torch.cat([p.detach().flatten() for p in getattr(recurra.nn, name)(64, 64, **more).parameters()])
     assert weights.abs().max() <= 1 / 8
     assert weights.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
 

@@ -20,9 +20,7 @@ ASKED: dict[str, Any] = {"device": "cpu", "requires_grad": True, "training": Fal
 
 
 def samples(name: str) -> list[Any]:
-    return list(
-        INFOS[name].module_inputs_func(INFOS[name], dtype=torch.float64, with_packed_sequence=True, **ASKED)
-    )
+    return list(INFOS[name].module_inputs_func(INFOS[name], dtype=torch.float64, with_packed_sequence=True, **ASKED))
 
 
 def wrong_samples(name: str, dtype: torch.dtype) -> list[Any]:

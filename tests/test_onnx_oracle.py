@@ -64,9 +64,7 @@ def numbers(case: Case, T: int, B: int, D: int, H: int) -> tuple[np.ndarray, lis
     return rng.standard_normal((T, B, D)), [rng.standard_normal((B, H)) for _ in range(case.states)]
 
 
-def run(
-    rnn: Recurrent, x: np.ndarray, states: list[np.ndarray], lengths: list[int] | None = None
-) -> list[np.ndarray]:
+def run(rnn: Recurrent, x: np.ndarray, states: list[np.ndarray], lengths: list[int] | None = None) -> list[np.ndarray]:
     """y and the leaves of the final state."""
     state = tuple(map(torch.from_numpy, states))
     with torch.no_grad():
@@ -119,16 +117,10 @@ def told_apart(case: Case, cell: Cell, gates: Gates, reverse: bool = False) -> b
 
 
 def orders(name: str) -> list[tuple[str, str]]:
-    return [
-        (name, "".join(order))
-        for order in permutations(CASES[name].order)
-        if "".join(order) != CASES[name].order
-    ]
+    return [(name, "".join(order)) for order in permutations(CASES[name].order) if "".join(order) != CASES[name].order]
 
 
-WRONG_ORDERS = [
-    wrong for name in ("lstm", "peephole lstm", "gru", "gru reset before") for wrong in orders(name)
-]
+WRONG_ORDERS = [wrong for name in ("lstm", "peephole lstm", "gru", "gru reset before") for wrong in orders(name)]
 
 
 @pytest.mark.parametrize("part", ["W", "R", "bias", "all"])
@@ -141,8 +133,7 @@ def test_every_wrong_order_of_gates_is_told_apart(name: str, order: str, part: s
     shuffled = dict(zip(case.order, (gates[gate] for gate in order), strict=True))
     fields = {"W": ["W"], "R": ["R"], "bias": ["Wb", "Rb"], "all": ["W", "R", "Wb", "Rb"]}[part]
     taken = {
-        gate: replace(gates[gate], **{field: getattr(shuffled[gate], field) for field in fields})
-        for gate in gates
+        gate: replace(gates[gate], **{field: getattr(shuffled[gate], field) for field in fields}) for gate in gates
     }
     assert told_apart(case, with_weights(case.make(SIZE, SIZE), case.order, taken), gates)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from recurra.errors import ConfigError
 from recurra.tasks.language_config import LanguageConfig
-from recurra.training.config import from_dict, resolve, settings, to_toml
+from recurra.training.config import read_complete, resolve, settings, to_toml
 
 
 def test_defaults_are_overruled_by_toml_then_environment_then_flags(tmp_path):
@@ -67,7 +66,7 @@ def test_a_wrong_variable_or_flag_is_refused_by_its_own_name():
 
 
 def test_a_missing_configuration_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read the configuration .*absent.toml"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*absent\.toml"):
         resolve(LanguageConfig, toml=tmp_path / "absent.toml", environ={})
 
 
@@ -98,7 +97,10 @@ def test_a_configuration_survives_its_own_toml(tmp_path_factory, values):
     config = resolve(LanguageConfig, environ={}, flags=flags)
     file.write_text(to_toml(config))
     assert resolve(LanguageConfig, toml=file, environ={}) == config
-    assert from_dict(LanguageConfig, dataclasses.asdict(config), "a dictionary") == config
+    assert read_complete(LanguageConfig, file) == config
+    file.write_text(file.read_text().replace("seed =", "# seed ="))
+    with pytest.raises(ConfigError, match="it lacks seed"):
+        read_complete(LanguageConfig, file)
 
 
 def test_reading_settings_does_not_load_torch():

@@ -152,9 +152,13 @@ def test_what_a_killed_process_left_is_found_and_nothing_else_is(tmp_path):
     assert temporaries(tmp_path) == {left: "last.json"}
 
 
-def test_folders_are_made_with_those_above_them(tmp_path):
+def test_folders_are_made_with_those_above_them_and_forced_to_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     make_folder(tmp_path / "a" / "b")
+    assert set(synced) == {tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino}
     make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "c"):
@@ -224,9 +228,7 @@ def test_a_file_above_the_limit_is_not_read(tmp_path):
         read_json(path)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="needs a file whose size is not what it holds"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs a file whose size is not what it holds")
 def test_a_file_that_is_not_as_long_as_it_says_is_refused():
     with pytest.raises(CheckpointError, match="while it was read"):
         read_bytes(Path("/proc/self/status"), 1000)
@@ -234,12 +236,13 @@ def test_a_file_that_is_not_as_long_as_it_says_is_refused():
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
 )
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.dictionaries(st.text(), _json))
+@given(st.dictionaries(st.text(max_size=5), _json, max_size=4))
 def test_what_json_can_hold_is_read_as_it_was(value):
     assert parse_json(json.dumps(value).encode(), "x") == value
     assert parse_json(json.dumps(value, ensure_ascii=False, indent=1).encode(), "x") == value
@@ -276,6 +279,7 @@ def test_no_bytes_do_anything_but_parse_or_be_refused(raw):
         (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "nested deeper"),
         (b'{"a": [' + b"0," * 300_000 + b"0]}", "more than the 262144 values"),
         (b'{"a": [' + b"[]," * 150_000 + b"0]}", "more than the 262144 values"),
+        (b'{"a": [' + b"{}," * 150_000 + b"0]}", "more than the 262144 values"),
     ],
 )
 def test_json_that_is_broken_or_a_bomb_is_refused_by_name(tmp_path, raw, says):

@@ -9,7 +9,6 @@ import signal
 
 import pytest
 import torch
-from toy import Notes, ToyTask, config, new_trainer
 from torch import nn
 
 from recurra.cell import leaves
@@ -20,6 +19,7 @@ from recurra.training.loop import Interrupted, Trainer
 from recurra.training.optimise import bound_gradients, learning_rate
 from recurra.training.progress import Silent
 from recurra.training.run import Run
+from toy import Notes, ToyTask, config, new_trainer
 
 
 def tensors(folder):
@@ -214,7 +214,7 @@ def test_training_stops_after_too_many_skips_in_a_row_and_keeps_the_good_weights
     task = ToyTask(settings)
     task.poison = {k: nan_at(0, 0) for k in range(1, 5)}
     trainer = new_trainer(tmp_path / "run", settings, task)
-    with pytest.raises(TrainingError, match="3 updates in a row .*time step 0.*Lower the learning rate"):
+    with pytest.raises(TrainingError, match=r"3 updates in a row .*time step 0.*Lower the learning rate"):
         trainer.fit()
     saved = load(tmp_path / "run" / "checkpoints", "last")
     assert saved.facts["position"]["step"] == 4

@@ -24,7 +24,7 @@ _homes = {
 }
 _rooms = ("cells", "nn", "data", "tasks", "training", "decoding")
 
-__all__ = [*_homes, *_rooms]  # noqa: PLE0604
+__all__ = [*_homes, *_rooms]
 
 
 def __getattr__(name: str) -> Any:

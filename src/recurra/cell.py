@@ -41,6 +41,7 @@ class Cell(nn.Module):
 
     input_size: int
     output_size: int
+    __call__: Callable[..., tuple[State, Tensor]]
 
     def initial_state(self, batch_size: int) -> State:
         """The state before the first step: tensors with the batch as first axis, (B, D) or (B, ..., D)."""

@@ -17,12 +17,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurra.cell import State, select_rows
 from recurra.errors import ConfigError, DataError, ShapeError
 
-# (state or None for a fresh one, tokens (B,) int64) -> (logits (B, V) of the next token, state)
+# (state or None for a fresh one, tokens (B,) int64 on the CPU) -> (logits (B, V) of the next token, state)
 Step: TypeAlias = Callable[[State | None, Tensor], tuple[Tensor, State]]
 
 
@@ -36,12 +36,13 @@ class Vocabulary(Protocol):
     def decode(self, ids: Any) -> str: ...
 
 
-def model_step(model: Callable[..., tuple[Tensor, State]]) -> Step:
+def model_step(model: nn.Module) -> Step:
     """A Step of a language model ``model(tokens (T, B), state) -> (logits (T, B, V), state)``."""
+    weight = next(model.parameters(), torch.empty(0))
 
     @torch.no_grad()
     def step(state: State | None, tokens: Tensor) -> tuple[Tensor, State]:
-        logits, state = model(tokens[None], state)
+        logits, state = model(tokens[None].to(weight.device), state)
         return logits[0], state
 
     return step
@@ -79,9 +80,8 @@ def choose(
 def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Logits (B, V) with -inf for all but the head of each row's distribution.
 
-    top_k: the k likeliest tokens stay. top_p: then the smallest set of likeliest tokens stays whose
-    probability, among those that are left, reaches p (the nucleus: Holtzman et al. 2020, section 3.1). Of
-    equal tokens the first stay.
+    top_k: the k likeliest stay. top_p: then the smallest set of likeliest tokens stays whose probability among
+    those left reaches p (the nucleus: Holtzman et al. 2020, section 3.1). Of equals the first stay.
     """
     V = logits.shape[1]
     if top_k is not None and top_k < V:
@@ -130,9 +130,7 @@ def generate(
             with torch.no_grad():
                 for token in fed:
                     logits, state = step(state, torch.tensor([token]))
-                chosen = choose(
-                    logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-                )
+                chosen = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             fed = [int(chosen)]
             if fed[0] in stop:
                 return
@@ -142,9 +140,9 @@ def generate(
 
 
 def decode_stream(vocabulary: Vocabulary, ids: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come. The pieces together are ``vocabulary.decode`` of all the ids.
+    """The text of tokens as they come; its pieces together are ``vocabulary.decode`` of all the ids.
 
-    A character whose bytes have not all come yet is held back until they have.
+    A character is held back until all of its bytes have come.
     """
     if vocabulary.unit == "byte":
         yield from codecs.iterdecode((bytes([token]) for token in ids), "utf-8", "replace")
@@ -205,7 +203,7 @@ def beam(
 
     A continuation ends where ``finished(tokens)`` holds, else after ``length`` tokens. After each step the
     ``width`` likeliest are kept, ended ones among them. So a width that holds every continuation makes the
-    search exhaustive. Of equals the first in the order of tokens stay.
+    search exhaustive. Among equals the choice is always the same.
 
     ``state`` has one row. Raises ConfigError for a width or length below 1, DataError for NaN logits.
     """
@@ -224,12 +222,15 @@ def beam(
         for row, token in _largest(scores, width):
             pool.append(((*live[row][0], token), float(scores[row, token]), row))
         pool = sorted(pool, key=lambda entry: (-entry[1], entry[0]))[:width]
-        ended = [row < 0 or finished(found) for found, _, row in pool]
-        done = [(found, score) for (found, score, _), end in zip(pool, ended, strict=True) if end]
-        live = [(found, score) for (found, score, _), end in zip(pool, ended, strict=True) if not end]
+        done, live, rows = [], [], []
+        for found, score, row in pool:
+            if row < 0 or finished(found):
+                done.append((found, score))
+            else:
+                live.append((found, score))
+                rows.append(row)
         if not live:
             break
-        rows = [row for (_, _, row), end in zip(pool, ended, strict=True) if not end]
         state = select_rows(state, torch.tensor(rows))
         tokens = torch.tensor([found[-1] for found, _ in live])
     return sorted(done + live, key=lambda entry: (-entry[1], entry[0]))
@@ -259,10 +260,11 @@ class Lexicon:
         self._sorted = [texts[token] for token in self._order]
         shown = torch.tensor([text != "" and all(map(_shows, text)) for text in texts])
         inner = torch.tensor([text != "" and _is_word(text[0]) for text in texts])
+        if vocabulary.unit == "word":
+            # A word is one token, and a punctuation mark does not lead to it.
+            shown &= inner
         # Tokens that stand before a word or begin one; that go on with a word; that end it.
-        self.opening, self.inner, self.ending = (
-            mask.nonzero().squeeze(1) for mask in (shown, shown & inner, ~inner)
-        )
+        self.opening, self.inner, self.ending = (mask.nonzero().squeeze(1) for mask in (shown, shown & inner, ~inner))
 
     def beginning_with(self, text: str) -> Tensor:
         """The tokens whose text begins with ``text``, int64."""
@@ -279,7 +281,7 @@ class Lexicon:
         return torch.tensor(found, dtype=torch.int64)
 
     def first_word(self, text: str) -> str:
-        """A text up to the end of its first word; "" while no word has ended."""
+        """A text up to the end of its first word; "" while none has ended."""
         start = next((i for i, c in enumerate(text) if _is_word(c)), len(text))
         if self.vocabulary.unit == "word":
             return text if start < len(text) else ""
@@ -287,8 +289,7 @@ class Lexicon:
         return text[:end] if end < len(text) else ""
 
 
-# Stands for a character of which some bytes are still to come.
-_PARTIAL = "\ufffd"
+_PARTIAL = "\ufffd"  # for a character of which some bytes are still to come
 _JOINERS = "\u200c\u200d"
 
 
@@ -316,10 +317,10 @@ def completions(
 
     ``state`` (one row) and ``logits`` (1, V) come after all of the text but ``tail``, which is typed but not
     yet read: what is offered goes on from it, and the probability is given the tail. An offer runs to the end
-    of the first word: after "The c" it is "at", after "The cat" perhaps " sat" or "tle". Its probability
-    counts every way to spell it in tokens, and all that may end the word.
+    of the first word: after "The c" it is "at", after "The cat" perhaps " sat" or "tle". All ways to spell it
+    in tokens count, and all that may end the word.
 
-    A beam search over at most ``longest`` tokens, ended when no better word can come. Exact for characters
+    A beam search over at most ``longest`` tokens, ended when no better word can come; exact for characters
     where ``width`` holds every hypothesis. Raises DataError for NaN logits.
     """
     found: defaultdict[str, float] = defaultdict(float)
@@ -329,6 +330,7 @@ def completions(
         _check_logits(logits)
         probabilities = logits.double().softmax(dim=1).cpu()
         pool: list[tuple[float, tuple[int, ...], int]] = []
+        ended: list[tuple[str, float]] = []
         for row, (spelt, text, mass) in enumerate(live):
             p, rest, offer = mass * probabilities[row], tail[len(text) :], text[len(tail) :]
             if rest:
@@ -336,7 +338,7 @@ def completions(
                 reached += float(p[covering].sum())
                 tokens = torch.cat([covering, lexicon.within(rest)])
             elif any(map(_is_word, offer)):
-                found[offer] += float(p[lexicon.ending].sum())
+                ended.append((offer, float(p[lexicon.ending].sum())))
                 tokens = lexicon.inner
             else:
                 tokens = lexicon.opening
@@ -348,14 +350,14 @@ def completions(
             text = lexicon.vocabulary.decode(spelt)
             word = lexicon.first_word(text[len(tail) :])
             if word:
-                found[word] += share
+                ended.append((word, share))
             else:
                 live.append((spelt, text, share))
                 rows.append(row)
-        offers = sorted(
-            ((word, share) for word, share in found.items() if share > 0 and _can_be_offered(word)),
-            key=lambda entry: (-entry[1], entry[0]),
-        )[:count]
+        for word, share in ended:
+            if share > 0 and _can_be_offered(word):
+                found[word] += share
+        offers = sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))[:count]
         # All that still grows could together bring no better word.
         settled = len(offers) == count and offers[-1][1] >= sum(share for _, _, share in live)
         if not live or (settled and all(len(text) >= len(tail) for _, text, _ in live)):
@@ -375,9 +377,7 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
     if top_k is not None and top_k < 1:
         raise ConfigError(f"expected top_k of 1 token or more, got {top_k}: leave it out to keep all tokens")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(
-            f"expected top_p above 0 and at most 1, got {top_p}: leave it out to keep all tokens"
-        )
+        raise ConfigError(f"expected top_p above 0 and at most 1, got {top_p}: leave it out to keep all tokens")
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -388,9 +388,5 @@ def _check_logits(logits: Tensor) -> None:
     best = logits.amax(dim=1)
     if not bool(best.isfinite().all()):
         row = int((~best.isfinite()).nonzero()[0])
-        what = (
-            "no possible token: every logit is -inf" if best[row] == -torch.inf else f"a logit of {best[row]}"
-        )
-        raise DataError(
-            f"row {row} of the logits has {what}; expected finite numbers, so the model has diverged"
-        )
+        what = "no possible token: every logit is -inf" if best[row] == -torch.inf else f"a logit of {best[row]}"
+        raise DataError(f"row {row} of the logits has {what}; expected finite numbers, so the model has diverged")

@@ -149,13 +149,10 @@ class _OverTime(nn.RNNBase):
             raise InputError(f"{name} expected a Tensor or a PackedSequence as input, got {type(x).__name__}")
         if x.dim() not in axes:
             if axes == (2,):
-                raise InputError(
-                    f"{name} expected packed sequences (T, {size}) each, got data {tuple(x.shape)}"
-                )
+                raise InputError(f"{name} expected packed sequences (T, {size}) each, got data {tuple(x.shape)}")
             batched = "(B, T" if self.batch_first else "(T, B"
             raise ShapeError(
-                f"{name} expected input {batched}, {size}), or (T, {size}) for one sequence, "
-                f"got {tuple(x.shape)}"
+                f"{name} expected input {batched}, {size}), or (T, {size}) for one sequence, got {tuple(x.shape)}"
             )
         if not self._fits_dtype(x):
             raise ShapeError(
@@ -191,9 +188,7 @@ class _OverTime(nn.RNNBase):
             hx = tuple(hx)
         given = hx if self.mode == "LSTM" and isinstance(hx, tuple) else (hx,)
         if [getattr(leaf, "shape", None) for leaf in given] != list(sizes.values()):
-            axes = (
-                "(num_layers * directions, B, features)" if batch else "(num_layers * directions, features)"
-            )
+            axes = "(num_layers * directions, B, features)" if batch else "(num_layers * directions, features)"
             raise InputError(
                 f"{name} expected hx to be {' and '.join(f'{leaf} {size}' for leaf, size in sizes.items())}, "
                 f"that is {axes}, got {describe(hx)}"

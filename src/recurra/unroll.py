@@ -130,9 +130,7 @@ class Recurrent(nn.Module):
         context = self.cell.draw_context(B, context)
         if T == 0:
             return x.new_zeros(0, B, output_size(self.cell)), state
-        return loop(
-            self.cell, x, state, context, lengths=lengths, resets=resets, fresh=fresh, reverse=self.reverse
-        )
+        return loop(self.cell, x, state, context, lengths=lengths, resets=resets, fresh=fresh, reverse=self.reverse)
 
     def explain(self) -> Explanation:
         """Which path runs this cell, and why."""

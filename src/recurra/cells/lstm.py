@@ -63,10 +63,10 @@ class LSTM(Cell):
 class PeepholeLSTM(LSTM):
     """The LSTM whose gates also see the memory (Gers & Schmidhuber 2000)::
 
-        i, f, g, o = W_ih x_t + W_hh h_{t-1} + b
-        c_t = sigmoid(f + p_f * c_{t-1}) * c_{t-1} + sigmoid(i + p_i * c_{t-1}) * tanh(g)
-        h_t = sigmoid(o + p_o * c_t) * tanh(c_t)
-        y_t = h_t
+    i, f, g, o = W_ih x_t + W_hh h_{t-1} + b
+    c_t = sigmoid(f + p_f * c_{t-1}) * c_{t-1} + sigmoid(i + p_i * c_{t-1}) * tanh(g)
+    h_t = sigmoid(o + p_o * c_t) * tanh(c_t)
+    y_t = h_t
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -35,13 +35,12 @@ class VariationalDropout(Around):
                 raise ShapeError(f"{type(cell).__name__} does not say its {size}, which a mask needs: set self.{size}")
 
     def draw_context(self, batch_size: int, context: Any = None) -> Any:
-        masks = [None, None]
-        if self.training:
-            if self.input:
-                masks[0] = F.dropout(1 + self.zeros(batch_size, self.input_size), self.input)
-            if self.output:
-                masks[1] = F.dropout(1 + self.zeros(batch_size, self.output_size), self.output)
-        return masks[0], masks[1], self.cell.draw_context(batch_size, context)
+        on_input = on_output = None
+        if self.training and self.input:
+            on_input = F.dropout(1 + self.zeros(batch_size, self.input_size), self.input)
+        if self.training and self.output:
+            on_output = F.dropout(1 + self.zeros(batch_size, self.output_size), self.output)
+        return on_input, on_output, self.cell.draw_context(batch_size, context)
 
     def step(self, state: State, x: Tensor, context: Any = None) -> tuple[State, Tensor]:
         on_input, on_output, inner = context if context is not None else (None, None, None)
@@ -122,7 +121,8 @@ class WeightDrop(Around):
         dropped, inner = context if context is not None else (None, None)
         if dropped is None:
             return self.cell(state, x, inner)
-        return functional_call(self.cell, dropped, (state, x, inner))
+        new, y = functional_call(self.cell, dropped, (state, x, inner))
+        return new, y
 
     def extra_repr(self) -> str:
         return f"share={self.share}, names={self.names}"

@@ -26,9 +26,7 @@ class Vanilla(Cell):
     The state is h (B, H). Put a ``Readout`` around it for ``y_t = W_hy h_t``.
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, activation: Callable[[Tensor], Tensor] = torch.tanh
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, activation: Callable[[Tensor], Tensor] = torch.tanh) -> None:
         super().__init__()
         self.input_size, self.output_size = input_size, hidden_size
         self.activation = activation

@@ -5,7 +5,9 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +28,14 @@ class Stack(Cell):
         super().__init__()
         if not cells:
             raise ShapeError("a Stack needs at least one cell")
-        for below, above in zip(cells, cells[1:], strict=False):
+        for below, above in pairwise(cells):
             gives, takes = getattr(below, "output_size", None), getattr(above, "input_size", None)
             if gives is not None and takes is not None and gives != takes:
                 raise ShapeError(
                     f"in a Stack, {type(below).__name__} gives {gives} features "
                     f"and {type(above).__name__} on top of it takes {takes}"
                 )
-        self.cells = nn.ModuleList(cells)
+        self.cells = cast("Sequence[Cell]", nn.ModuleList(cells))
         if hasattr(cells[0], "input_size"):
             self.input_size = cells[0].input_size
         if hasattr(cells[-1], "output_size"):
@@ -86,7 +88,9 @@ class Residual(Around):
         super().__init__(cell)
         takes, gives = getattr(cell, "input_size", None), getattr(cell, "output_size", None)
         if takes != gives:
-            raise ShapeError(f"Residual adds x to y, but {type(cell).__name__} takes {takes} and gives {gives} features")
+            raise ShapeError(
+                f"Residual adds x to y, but {type(cell).__name__} takes {takes} and gives {gives} features"
+            )
 
     def step(self, state: State, x: Tensor, context: Any = None) -> tuple[State, Tensor]:
         state, y = self.cell(state, x, context)

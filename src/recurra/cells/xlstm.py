@@ -81,7 +81,7 @@ class MLSTMState(NamedTuple):
 
 
 class MLSTM(Cell):
-    """The matrix-memory LSTM: keys and values in an outer-product memory (Beck et al. 2024, section 2.3, eqs. 19 to 27)::
+    """The matrix-memory LSTM, keys and values in an outer product (Beck et al. 2024, section 2.3, eqs. 19 to 27)::
 
         q, k, v, o = W_ih x_t + b;   k = k / sqrt(D)
         i, f = W_gates x_t + b_gates                        one of each for each head
@@ -110,9 +110,7 @@ class MLSTM(Cell):
 
     def initial_state(self, batch_size: int) -> MLSTMState:
         K, D = self.heads, self.head_size
-        return MLSTMState(
-            self.zeros(batch_size, K, D, D), self.zeros(batch_size, K, D), self.zeros(batch_size, K)
-        )
+        return MLSTMState(self.zeros(batch_size, K, D, D), self.zeros(batch_size, K, D), self.zeros(batch_size, K))
 
     def step(self, state: MLSTMState, x: Tensor, context: Any = None) -> tuple[MLSTMState, Tensor]:
         B, K, D = state.n.shape
@@ -125,7 +123,8 @@ class MLSTM(Cell):
         C = keep[..., None] * state.C + (write * v)[..., :, None] * k[..., None, :]
         n = keep * state.n + write * k
         found = (C * q[..., None, :]).sum(-1)
-        scale = torch.maximum((n * q).sum(-1).abs(), torch.exp(-m))
+        # Clamped, as exp would overflow where both gates stay shut, and its gradient be NaN.
+        scale = torch.maximum((n * q).sum(-1).abs(), torch.exp(-m.clamp(min=-80.0)))
         h = (torch.sigmoid(o) * found / scale[..., None]).reshape(B, K * D)
         return MLSTMState(C, n, m), h
 

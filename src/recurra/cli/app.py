@@ -9,7 +9,9 @@ from cyclopts import App, Parameter
 
 from recurra import __version__
 from recurra.cli.flags import with_settings
+from recurra.errors import ConfigError, suggest
 from recurra.tasks.language_config import LanguageConfig
+from recurra.training.config import settings
 
 app = App(
     name="recurra",
@@ -20,6 +22,8 @@ train = App(name="train", help="Train a network on your data.")
 app.command(train)
 
 Checkpoint = Annotated[Literal["best", "last"], Parameter(help="Which state of the run to use.")]
+# A single hyphen is standard input, so hyphens must get through here; what else begins with one is refused below.
+Text = Annotated[list[str], Parameter(allow_leading_hyphen=True)]
 Json = Annotated[bool, Parameter(help="Print the result as JSON, for a program.", negative="", show_default=False)]
 
 
@@ -37,7 +41,7 @@ def demo(*, folder: Annotated[Path | None, Parameter(help="Folder to make; runs/
 @train.command
 @with_settings(LanguageConfig)
 def language(
-    text: list[str],
+    text: Text,
     /,
     *,
     folder: Annotated[Path | None, Parameter(help="Folder to make; runs/ and the text's name by default.")] = None,
@@ -60,6 +64,8 @@ def language(
     """
     from recurra.cli.language import train_language
 
+    own = ("folder", "config", "print_config", "json", "help")
+    _refuse_options(text, [*own, *settings(LanguageConfig)])
     return train_language(text, folder, config, print_config, json, flags)
 
 
@@ -80,7 +86,7 @@ def resume(run: Path, /, *, json: Json = False) -> int:
 @app.command
 def evaluate(
     run: Path,
-    text: list[str] | None = None,
+    text: Text | None = None,
     /,
     *,
     split: Annotated[
@@ -103,6 +109,7 @@ def evaluate(
     """
     from recurra.cli.language import evaluate
 
+    _refuse_options(text or [], ["split", "checkpoint", "streams", "json", "help"])
     return evaluate(run, text or [], split, checkpoint, streams, json)
 
 
@@ -113,7 +120,9 @@ def sample(
     *,
     prompt: Annotated[str, Parameter(help="Text to go on from.")] = "",
     length: Annotated[int, Parameter(help="Characters, bytes, words or subwords to write at most.")] = 500,
-    temperature: Annotated[float, Parameter(help="Below 1 more careful, above 1 bolder; 0 always the likeliest.")] = 0.8,
+    temperature: Annotated[
+        float, Parameter(help="Below 1 more careful, above 1 bolder; 0 always the likeliest.")
+    ] = 0.8,
     top_k: Annotated[int | None, Parameter(help="Choose among the k likeliest only.")] = None,
     top_p: Annotated[float | None, Parameter(help="Choose among the likeliest that share this probability.")] = None,
     seed: Annotated[int | None, Parameter(help="The same seed writes the same text.")] = None,
@@ -177,3 +186,9 @@ def env(*, json: Json = False) -> int:
 
     return env(json)
 
+
+def _refuse_options(text: list[str], known: list[str]) -> None:
+    for each in text:
+        if each.startswith("-") and each != "-":
+            options = ["--" + name.replace("_", "-") for name in known]
+            raise ConfigError(f"unknown option {each}: {suggest(each.partition('=')[0], options)}")

@@ -41,9 +41,9 @@ def info(path: Path, json: bool) -> int:
 
 def _run_rows(run: Any) -> dict[str, Any]:
     from recurra.tasks.language_config import LanguageConfig
-    from recurra.training.config import resolve, settings
+    from recurra.training.config import settings
 
-    config = resolve(LanguageConfig, toml=run.config, environ={})
+    config = run.settings(LanguageConfig)
     rows: dict[str, Any] = {"task": run.task}
     for each in settings(LanguageConfig).values():
         value = getattr(getattr(config, each.section), each.name)
@@ -59,7 +59,11 @@ def _run_rows(run: Any) -> dict[str, Any]:
 def _checkpoint_rows(name: str, checkpoint: Any) -> dict[str, Any]:
     weights = {k: t for k, t in checkpoint.tensors.items() if k.startswith("model.")}
     position = checkpoint.facts.get("position", {})
-    rows: dict[str, Any] = {"checkpoint": name, "updates": position.get("step"), "updates skipped": position.get("skipped")}
+    rows: dict[str, Any] = {
+        "checkpoint": name,
+        "updates": position.get("step"),
+        "updates skipped": position.get("skipped"),
+    }
     rows["units seen"] = position.get("seen")
     rows["trained for"] = duration(position.get("seconds", 0))
     rows["parameters"] = sum(t.numel() for t in weights.values())

@@ -16,7 +16,7 @@ from recurra.training.config import resolve, to_toml
 from recurra.training.progress import duration, for_stderr
 from recurra.training.run import Run
 
-DEMO = {"hidden_size": 256, "epochs": 4, "batch_size": 32, "window": 64, "learning_rate": 4e-3}
+DEMO = {"hidden_size": 256, "dropout": 0.1, "epochs": 6, "batch_size": 32, "window": 64, "learning_rate": 5e-3}
 
 
 def train_language(
@@ -69,9 +69,7 @@ def demo(folder: Path | None) -> int:
     return 0
 
 
-def evaluate(
-    folder: Path, text: Sequence[str], split: str, checkpoint: str, streams: int, json: bool
-) -> int:
+def evaluate(folder: Path, text: Sequence[str], split: str, checkpoint: str, streams: int, json: bool) -> int:
     from recurra.tasks.language import Language
 
     if streams < 1:
@@ -82,7 +80,9 @@ def evaluate(
     if json:
         print_json(figures)
         return 0
-    shown = {k: f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for k, v in figures.items()}
+    shown = {
+        k: f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for k, v in figures.items()
+    }
     table(f"{folder}, {checkpoint} checkpoint", shown)
     closing({}, [f"recurra sample {folder}", f"recurra complete {folder}"])
     return 0
@@ -103,9 +103,7 @@ def sample(
     from recurra.tasks.language import Language
 
     language = Language.load(_language_run(folder), checkpoint)
-    pieces = language.sample(
-        prompt, length, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
-    )
+    pieces = language.sample(prompt, length, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
     if json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
         return 0
@@ -141,7 +139,12 @@ def _measure(language: Any, run: Run, split: str, streams: int) -> dict[str, Any
     corpus = Corpus.open(run.path / "corpus")
     nats, count = score(language.model, corpus.split(split), streams)
     shown = figures(nats / count, corpus.tokens[split] / corpus.characters[split])
-    return {"text": f"{split} part of the run's text", "tokens predicted": count, "nats per token": nats / count, **shown}
+    return {
+        "text": f"{split} part of the run's text",
+        "tokens predicted": count,
+        "nats per token": nats / count,
+        **shown,
+    }
 
 
 def _measure_text(language: Any, text: Sequence[str], streams: int) -> dict[str, Any]:

@@ -111,11 +111,7 @@ def _next_cut(content: str | bytes, place: int, unit: str) -> int:
     if isinstance(content, bytes):
         # A character has at most three such bytes; where there are more, this is no UTF-8 and any place does.
         continues = _continues(content[place : place + 4])
-        return (
-            place
-            if continues.all() and len(continues) == 4
-            else place + int(np.append(continues, False).argmin())
-        )
+        return place if continues.all() and len(continues) == 4 else place + int(np.append(continues, False).argmin())
     seam = _SEAM.search(content, place - 1)
     return len(content) if seam is None else seam.end()
 

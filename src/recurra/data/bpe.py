@@ -14,9 +14,7 @@ def learn(texts: Iterable[str], size: int) -> str:
     """Subwords of texts, as JSON of the package tokenizers. It holds 256 of the texts at a time."""
     library = _library()
     tokenizer = _blank(library, library.models.BPE())
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=size, show_progress=False, initial_alphabet=sorted(_byte_of())
-    )
+    trainer = library.trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=sorted(_byte_of()))
     tokenizer.train_from_iterator(texts, trainer)
     return str(tokenizer.to_str())
 

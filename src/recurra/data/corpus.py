@@ -34,7 +34,7 @@ LARGEST_VOCABULARY = 65_536
 # The unit: the smallest and the usual size of its vocabulary.
 SIZES = {"word": (2, 10_000), "subword": (256, 2_000)}
 # Subwords are learned from this many characters at most, spread evenly over the training part.
-MOST_LEARNED = 1 << 26
+MOST_LEARNED = 1 << 23
 
 _COUNTED = ("tokens", "characters", "bytes")
 
@@ -184,9 +184,7 @@ def encode_file(
             characters += more_characters
             size += more_bytes
         if tokens < 2:
-            raise DataError(
-                f"the text is too short: {_names(sources)} has {tokens} tokens, and at least 2 are needed"
-            )
+            raise DataError(f"the text is too short: {_names(sources)} has {tokens} tokens, and at least 2 are needed")
         file.flush()
         return Encoded(np.memmap(file, stored, "r", shape=(tokens,)), characters, size)
 
@@ -209,9 +207,7 @@ def _check(unit: str, vocabulary_size: int | None, validation: float, test: floa
     least, usual = SIZES[unit]
     size = usual if vocabulary_size is None else vocabulary_size
     if not isinstance(size, int) or not least <= size <= LARGEST_VOCABULARY:
-        raise ConfigError(
-            f"expected a vocabulary_size from {least} to {LARGEST_VOCABULARY} for {unit}s, got {size!r}"
-        )
+        raise ConfigError(f"expected a vocabulary_size from {least} to {LARGEST_VOCABULARY} for {unit}s, got {size!r}")
     return size
 
 
@@ -239,9 +235,7 @@ def _learn(text: Text, cuts: Sequence[int], characters: set[str], size: int) -> 
         return Characters(characters)
     if text.unit == "word":
         return Words.learn(_training(text, cuts), size)
-    return Subwords.learn(
-        islice(_training(text, cuts), 0, None, math.ceil(cuts[0] / MOST_LEARNED) or 1), size
-    )
+    return Subwords.learn(islice(_training(text, cuts), 0, None, math.ceil(cuts[0] / MOST_LEARNED) or 1), size)
 
 
 def _training(text: Text, cuts: Sequence[int]) -> Iterator[str]:

@@ -41,16 +41,14 @@ def expand(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
     sources = [source for name in names for source in _expand_one(os.fspath(name))]
     if not sources:
         raise DataError(
-            "no text was given: "
-            "name a file, a folder, a pattern such as 'texts/*.txt', or - for standard input"
+            "no text was given: name a file, a folder, a pattern such as 'texts/*.txt', or - for standard input"
         )
     seen = set()
     for source in sources:
         place = source if isinstance(source, str) else os.path.realpath(source)
         if place in seen:
             raise DataError(
-                f"{name_of(source)} is named twice: "
-                "name it once, or the same text is trained on and tested on"
+                f"{name_of(source)} is named twice: name it once, or the same text is trained on and tested on"
             )
         seen.add(place)
     return sources
@@ -122,9 +120,7 @@ def _expand_one(name: str) -> Sequence[Source]:
     if name == "-":
         return ["-"]
     if name == "":
-        raise DataError(
-            "the name of a file is empty: name a file, a folder, a pattern, or - for standard input"
-        )
+        raise DataError("the name of a file is empty: name a file, a folder, a pattern, or - for standard input")
     path = Path(name)
     try:
         mode = path.stat().st_mode
@@ -137,9 +133,7 @@ def _expand_one(name: str) -> Sequence[Source]:
     if stat.S_ISDIR(mode):
         found, links = _files_below(path)
         if not found:
-            raise DataError(
-                f"the folder {name!r} has no files to read{_passed_over(links)}: name a folder with text"
-            )
+            raise DataError(f"the folder {name!r} has no files to read{_passed_over(links)}: name a folder with text")
         return sorted(found)
     if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
         raise DataError(f"{name!r} is a device or a socket: name a file, or - for standard input")
@@ -148,9 +142,7 @@ def _expand_one(name: str) -> Sequence[Source]:
 
 def _missing(path: Path) -> NoReturn:
     if path.is_symlink():
-        raise DataError(
-            f"{str(path)!r} is a link to {os.readlink(path)!r}, which is not there: mend or remove it"
-        )
+        raise DataError(f"{str(path)!r} is a link to {os.readlink(path)!r}, which is not there: mend or remove it")
     raise DataError(f"there is no file or folder {str(path)!r}: {_nearby(path.parent, path.name)}")
 
 
@@ -158,17 +150,13 @@ def _matches(pattern: Path) -> list[Path]:
     parts = pattern.parts
     fixed = next(i for i, part in enumerate(parts) if any(wild in part for wild in _WILD))
     root = Path(*parts[:fixed])
-    wanted = tuple(
-        part for before, part in itertools.pairwise(("", *parts[fixed:])) if (before, part) != ("**", "**")
-    )
+    wanted = tuple(part for before, part in itertools.pairwise(("", *parts[fixed:])) if (before, part) != ("**", "**"))
     if not root.is_dir():
         raise DataError(f"nothing matches {str(pattern)!r}: there is no folder {str(root)!r}")
     found, links = _files_below(root, None if "**" in wanted else len(wanted))
     matching = sorted(path for path in found if _fits(path.relative_to(root).parts, wanted))
     if not matching:
-        raise DataError(
-            f"no file matches {str(pattern)!r}{_passed_over(links)}: {_nearby(root, '/'.join(wanted))}"
-        )
+        raise DataError(f"no file matches {str(pattern)!r}{_passed_over(links)}: {_nearby(root, '/'.join(wanted))}")
     return matching
 
 
@@ -246,8 +234,7 @@ def _decode(data: bytes, final: bool, offset: int, name: str) -> tuple[str, int]
         ) from problem
     if zero >= 0:
         raise DataError(
-            f"{name} is not text: a zero byte at offset {offset + zero} (the first is 0); "
-            "train with --unit byte"
+            f"{name} is not text: a zero byte at offset {offset + zero} (the first is 0); train with --unit byte"
         )
     return decoded
 

@@ -31,8 +31,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as problem:
         if problem.errno in _NO_ROOM:
             raise DataError(
-                f"{_NO_ROOM[problem.errno]} while writing into {folder}: "
-                "free space there, or name another folder"
+                f"{_NO_ROOM[problem.errno]} while writing into {folder}: free space there, or name another folder"
             ) from problem
         raise DataError(f"cannot write into {folder}: {problem.strerror or problem}") from problem
 

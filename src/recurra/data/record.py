@@ -26,9 +26,7 @@ def seal(content: dict[str, Any]) -> bytes:
     body = json.dumps(content, indent=1).encode()
     raw = _OPENING + _digest(body) + _MIDDLE + body + _CLOSING
     if len(raw) > LARGEST:
-        raise DataError(
-            f"the record of this corpus has {len(raw)} bytes, more than {LARGEST}: use fewer words"
-        )
+        raise DataError(f"the record of this corpus has {len(raw)} bytes, more than {LARGEST}: use fewer words")
     return raw
 
 

@@ -33,9 +33,7 @@ class Streams:
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"expected a {name} of at least 1, got {value!r}")
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ShapeError(
-                f"expected tokens (N,) of an integer dtype, got {tokens.shape} of {tokens.dtype}"
-            )
+            raise ShapeError(f"expected tokens (N,) of an integer dtype, got {tokens.shape} of {tokens.dtype}")
         if len(tokens) <= batch_size:
             raise DataError(_too_few(len(tokens), batch_size))
         self.batch_size = batch_size

@@ -21,7 +21,7 @@ from recurra.errors import DataError, suggest
 UNITS = ("character", "byte", "word", "subword")
 
 # While words are counted, rare ones are forgotten where there are more different ones than this.
-MOST_WORDS = 500_000
+MOST_WORDS = 300_000
 LONGEST_WORD = 100
 
 
@@ -71,9 +71,7 @@ class Vocabulary(ABC):
         return np.dtype(next(t for t in (np.uint8, np.uint16, np.uint32) if len(self) - 1 <= np.iinfo(t).max))
 
     def __eq__(self, other: object) -> bool:
-        return (
-            type(self) is type(other) and isinstance(other, Vocabulary) and self.to_json() == other.to_json()
-        )
+        return type(self) is type(other) and isinstance(other, Vocabulary) and self.to_json() == other.to_json()
 
     def __repr__(self) -> str:
         return f"<{len(self)} {self.unit}s>"
@@ -116,7 +114,9 @@ class Characters(Vocabulary):
         first: dict[str, int] = {}
         for place in places:
             first.setdefault(text[place], start + int(place))
-        named = ", ".join(f"{character!a} at {place}" for character, place in list(first.items())[:5])
+        named = ", ".join(
+            f"{character!r} (U+{ord(character):04X}) at {place}" for character, place in list(first.items())[:5]
+        )
         more = f" and {len(first) - 5} others" if len(first) > 5 else ""
         return (
             f"{where} has characters that the training text did not have: {named}{more} "
@@ -164,7 +164,7 @@ class Words(Vocabulary):
         """The ``size`` most frequent words with ``<unk>``; of equals, the first in the order of Unicode.
 
         Memory stays bounded: words of more than 100 characters are not counted, and where there are more than
-        500,000 different ones (or 4 * size), the rarest are forgotten as often as it takes. A word that comes
+        300,000 different ones (or 4 * size), the rarest are forgotten as often as it takes. A word that comes
         back is counted from 1 again, so there the counts, and the choice among rare words, are approximate.
         """
         counts: Counter[str] = Counter()
@@ -245,9 +245,7 @@ def vocabulary_from_json(value: Any) -> Vocabulary:
         raise _wrong(f"there is no unit {unit[:40]!r}, {suggest(unit[:40], fields)}")
     field = fields[unit]
     if set(value) != {"unit"} | ({field} if field else set()):
-        raise _wrong(
-            f"the unit {unit} has the fields {sorted(filter(None, ('unit', field)))}, got {sorted(value)}"
-        )
+        raise _wrong(f"the unit {unit} has the fields {sorted(filter(None, ('unit', field)))}, got {sorted(value)}")
     content = value.get(field)
     if unit == "byte":
         return Bytes()

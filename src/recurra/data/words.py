@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 UNKNOWN = "<unk>"
 
@@ -62,11 +62,18 @@ def _ideograph() -> re.Pattern[str]:
 @functools.cache
 def _pattern() -> re.Pattern[str]:
     # Python's \w leaves out the vowel signs of Indic scripts and every other combining mark.
-    points = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
-    combining = "".join(c for c in map(chr, points) if unicodedata.category(c)[0] == "M")
-    joiners = "\u200c\u200d"
-    marks = f"[{re.sub(f'[{_IDEOGRAPHS}]', '', combining)}{joiners}]"
+    near, far = (
+        _combining(range(0x300, 0x10000)),
+        _combining((*range(0x10000, 0x20000), *range(0xE0100, 0xE01F0))),
+    )
+    # The class of the marks beyond U+FFFF is slow to look into, so it is asked only about characters there.
+    marks = f"(?:[{near}\u200c\u200d]|(?=[\U00010000-\U0010ffff])[{far}])"
     letters = rf"[^\W{_IDEOGRAPHS}]"
     word = f"{letters}+(?:{marks}+{letters}*)*"
     rows = "|".join(re.escape(mark) + "+" for mark in _ROWS)
-    return re.compile(rf"{UNKNOWN}|\n|{word}(?:['’\-]{word}|(?<=\d)[.,]\d+)*|[{_IDEOGRAPHS}]|{rows}|\S")
+    return re.compile(rf"{word}(?:['’\-]{word}|(?<=\d)[.,]\d+)*|{UNKNOWN}|\n|[{_IDEOGRAPHS}]|{rows}|\S")
+
+
+def _combining(points: Iterable[int]) -> str:
+    marks = "".join(c for c in map(chr, points) if unicodedata.category(c)[0] == "M")
+    return _ideograph().sub("", marks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +26,6 @@ from recurra.decoding import decode_stream, generate, until
 from recurra.errors import CheckpointError, ConfigError, ShapeError
 from recurra.tasks.language_config import LanguageConfig, ModelConfig
 from recurra.training.checkpoint import load, load_into
-from recurra.training.config import resolve
 from recurra.training.files import read_json
 from recurra.training.run import Run
 from recurra.unroll import Recurrent
@@ -65,7 +64,7 @@ class LanguageModel(nn.Module):
 
 def build_model(vocabulary_size: int, config: ModelConfig) -> LanguageModel:
     """The language model that a configuration describes."""
-    makers = {
+    makers: dict[str, Callable[[int, int], Cell]] = {
         "lstm": cells.LSTM,
         "gru": cells.GRU,
         "vanilla": cells.Vanilla,
@@ -85,7 +84,7 @@ def build_model(vocabulary_size: int, config: ModelConfig) -> LanguageModel:
     for layer in range(config.layers):
         last = layer == config.layers - 1
         hidden_size = config.embedding_size if last and config.tied else config.hidden_size
-        cell: Cell = makers[config.cell](input_size, hidden_size)
+        cell = makers[config.cell](input_size, hidden_size)
         if config.weight_drop:
             if not hasattr(cell, "weight_hh"):
                 raise ConfigError(f"weight_drop drops recurrent weights, and the cell {config.cell} has none")
@@ -186,7 +185,7 @@ class Language:
     @classmethod
     def load(cls, run: Run, checkpoint: str = "best") -> Language:
         """The model of a run, in evaluation mode. Raises CheckpointError or DataError where a file is damaged."""
-        config = resolve(LanguageConfig, toml=run.config, environ={})
+        config = run.settings(LanguageConfig)
         vocabulary = vocabulary_from_json(read_json(run.path / "vocabulary.json"))
         model = build_model(len(vocabulary), config.model)
         stored = load(run.checkpoints, checkpoint)
@@ -240,4 +239,3 @@ class Language:
         )
         pieces = decode_stream(self.vocabulary, ids)
         yield from pieces if stop is None else until(pieces, stop)
-

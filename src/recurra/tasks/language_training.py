@@ -15,7 +15,6 @@ from recurra.errors import CheckpointError
 from recurra.tasks.language import LanguageTask
 from recurra.tasks.language_config import LanguageConfig
 from recurra.training.checkpoint import load
-from recurra.training.config import resolve
 from recurra.training.distributed import World, world
 from recurra.training.files import write_atomically
 from recurra.training.loop import Position, Trainer
@@ -52,7 +51,7 @@ def resume(folder: Path, progress: Progress) -> tuple[Run, Position]:
     run = Run.open(folder)
     if run.task != TASK:
         raise CheckpointError(f"{folder} is a run of the task {run.task!r}, which this version does not know")
-    config = resolve(LanguageConfig, toml=run.config, environ={})
+    config = run.settings(LanguageConfig)
     _use_threads(config)
     with world() as everyone, run.locked() if everyone.leads else nullcontext():
         trainer = _trainer(run, config, everyone, progress)

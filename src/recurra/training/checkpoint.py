@@ -29,7 +29,7 @@ from recurra.errors import CheckpointError
 from recurra.training import files, tensor_file
 
 _FORMAT, _VERSION = "recurra-checkpoint", 1
-_COMMIT_BYTES = 8 * 2**20
+_COMMIT_BYTES, _COMMIT_VALUES = 8 * 2**20, 2**16
 _FIELDS = {"format": str, "version": int, "tensors_file": str, "size": int, "tensors": dict, "facts": dict}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TENSORS_FILE = re.compile(r"(step-[0-9]{1,20}|tensors)-[0-9a-f]{12}\.safetensors")
@@ -53,6 +53,8 @@ def save(folder: Path, names: Sequence[str], tensors: Mapping[str, Tensor], fact
         written each in full.
     facts: what JSON can hold (str keys; str, int, float, bool, None, list, dict), and floats that are not
         finite, too. `facts["step"]`, if there, is a whole number and names the tensor file.
+
+    The commit file holds at most 2**16 values in 8 MiB: about 10,000 tensors, and facts of moderate size.
 
     Tensor files that no commit file names, and what a killed process left of its save, are removed. Raises
     CheckpointError if a tensor or a fact cannot be kept, or the disk is full. Each name then has its old
@@ -148,7 +150,7 @@ def _record(plain: dict[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any
             f"the facts and the table of tensors take {len(text)} bytes as JSON, more than {_COMMIT_BYTES}: "
             "keep what is large in tensors"
         )
-    files.parse_json(text, "the commit file, with the facts and the table of tensors,")
+    files.parse_json(text, "the commit file, with the facts and the table of tensors,", _COMMIT_VALUES)
     return record
 
 
@@ -168,9 +170,7 @@ def _encode(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         for key in value:
             if type(key) is not str or key == _NOT_FINITE:
-                raise CheckpointError(
-                    f"{where} has the key {key!r}: keys must be strings, and not {_NOT_FINITE!r}"
-                )
+                raise CheckpointError(f"{where} has the key {key!r}: keys must be strings, and not {_NOT_FINITE!r}")
         return {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list):
         return [_encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
@@ -212,16 +212,12 @@ def _sweep(folder: Path) -> None:
         commits = [path for path in folder.glob("*.json") if path.is_file()]
         named = b" ".join(path.read_bytes() for path in commits if path.stat().st_size <= _COMMIT_BYTES)
         stale += [
-            path
-            for path in folder.iterdir()
-            if _TENSORS_FILE.fullmatch(path.name) and path.name.encode() not in named
+            path for path in folder.iterdir() if _TENSORS_FILE.fullmatch(path.name) and path.name.encode() not in named
         ]
         for path in stale:
             os.unlink(path)
     except OSError as problem:
-        raise CheckpointError(
-            f"{folder} cannot be tidied: {problem}; the checkpoints in it are whole"
-        ) from problem
+        raise CheckpointError(f"{folder} cannot be tidied: {problem}; the checkpoints in it are whole") from problem
 
 
 # Loading
@@ -254,7 +250,7 @@ def _open(folder: Path, name: str) -> tuple[dict[str, Any], BufferedReader]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     text = files.read_bytes(path, _COMMIT_BYTES)
-    record = files.parse_json(text, str(path))
+    record = files.parse_json(text, str(path), _COMMIT_VALUES)
     if record.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no checkpoint: its format must be {_FORMAT!r}")
     if record.get("version") != _VERSION:
@@ -267,9 +263,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     if {key: type(value) for key, value in record.items()} != _FIELDS:
         raise CheckpointError(f"{path} is no checkpoint: its fields must be {', '.join(_FIELDS)}, digest")
     if not _TENSORS_FILE.fullmatch(record["tensors_file"]):
-        raise CheckpointError(
-            f"{path} names {record['tensors_file']!r}, which is no tensor file of a checkpoint"
-        )
+        raise CheckpointError(f"{path} names {record['tensors_file']!r}, which is no tensor file of a checkpoint")
     if record["size"] != tensor_file.size(record["tensors"], str(path)):
         raise CheckpointError(f"{path} is no checkpoint: its tensors do not take {record['size']} bytes")
     return record
@@ -301,9 +295,7 @@ def _advice(folder: Path, name: str) -> str:
 def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    return (
-        f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{' on meta' if value.is_meta else ''}"
-    )
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{' on meta' if value.is_meta else ''}"
 
 
 def _torn_ties(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -313,7 +305,7 @@ def _torn_ties(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list
     for name, tensor in own.items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         other = first.setdefault(place, name)
-        if other != name and tensor.numel():
+        if other != name:
             pair = tensor_file.plain({name: tensors[name], other: tensors[other]})
             if tensor_file.raw(pair[name]) != tensor_file.raw(pair[other]):
                 torn.append(f"{other} and {name} are one tensor here, two different ones in the checkpoint")

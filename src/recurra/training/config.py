@@ -50,7 +50,9 @@ class TrainingConfig:
     schedule: str = setting("cosine", "What it does then.", choices=("cosine", "linear", "constant"))
     final_rate: float = setting(0.05, "Share of the learning rate left at the end of a decay.", low=0, below=1.0001)
     weight_decay: float = setting(0.01, "Decay of weight matrices per unit of learning rate.", low=0)
-    clip_norm: float | None = setting(1.0, "Longest gradient, as a norm over all parameters; none for no limit.", above=0)
+    clip_norm: float | None = setting(
+        1.0, "Longest gradient, as a norm over all parameters; none for no limit.", above=0
+    )
     clip_value: float | None = setting(None, "Largest single entry of a gradient; none for no limit.", above=0)
     accumulate: int = setting(1, "Windows whose gradients make one update.", low=1)
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.", low=1)
@@ -107,12 +109,13 @@ def build(kind: type[C], values: Mapping[str, Any]) -> C:
     return kind(**sections)
 
 
-def from_dict(kind: type[C], stored: Mapping[str, Any], where: str) -> C:
-    """The inverse of ``dataclasses.asdict``, checked as strictly as a TOML file. Raises ConfigError."""
-    values: dict[str, Any] = {}
+def read_complete(kind: type[C], path: Path) -> C:
+    """The configuration that ``to_toml`` wrote to ``path``. Raises ConfigError where a setting is missing or wrong."""
     known = settings(kind)
-    for name, value in _settings_of(kind, stored, where):
-        values[name] = None if value is None else _parse(known[name], value, where)
+    values = {name: _parse(known[name], value, f"in {path}") for name, value in _read_toml(kind, path)}
+    missing = [name for name in known if name not in values]
+    if missing:
+        raise ConfigError(f"{path} is not complete: it lacks {', '.join(missing)}")
     return build(kind, values)
 
 

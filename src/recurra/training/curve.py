@@ -10,7 +10,7 @@ from recurra.training.run import Run
 
 
 def draw_curve(run: Run, figure_name: str, figure: Callable[[float], float]) -> None:
-    """Write ``loss.svg`` from the run's metrics, the loss in the task's own ``figure``. Does nothing without metrics."""
+    """Write ``loss.svg`` from the run's metrics, the loss as ``figure`` has it. Without metrics: nothing."""
     entries = run.read_metrics()
     training = [e for e in entries if e.get("loss") is not None]
     validation = [e for e in entries if e.get("validation_loss") is not None]
@@ -62,4 +62,3 @@ def _smooth(values: list[float], keep: float = 0.97) -> list[float]:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         smooth.append(mean / weight)
     return smooth
-

@@ -90,9 +90,7 @@ def inside(folder: Path, name: str) -> Path:
     Raises CheckpointError for a path, for `..`, and for a link that leads out of the folder.
     """
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
-        raise CheckpointError(
-            f"{name!r} is no file name inside {folder}: give a bare name without separators"
-        )
+        raise CheckpointError(f"{name!r} is no file name inside {folder}: give a bare name without separators")
     path = folder / name
     try:
         stays = path.resolve().is_relative_to(folder.resolve())
@@ -135,17 +133,15 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     return parse_json(read_bytes(path, limit), str(path))
 
 
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+def parse_json(raw: bytes, where: str, values: int = JSON_VALUES) -> dict[str, Any]:
     """The object that `raw` (UTF-8) holds; `where` is what error messages call it.
 
     Refused with a CheckpointError: anything but one JSON object, a key given twice, a number that is not
-    finite, more than 2**18 values, and more than 64 levels of lists and objects.
+    finite, more than so many values, and more than 64 levels of lists and objects.
     """
     # Counted before parsing: an empty list of 3 bytes takes 64 in memory. Commas in strings count, too.
-    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > JSON_VALUES:
-        raise CheckpointError(
-            f"{where} holds more than the {JSON_VALUES} values that a JSON file may have here"
-        )
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > values:
+        raise CheckpointError(f"{where} holds more than the {values} values that a JSON file may have here")
     try:
         value = json.loads(
             raw.decode(),
@@ -213,9 +209,7 @@ def _unwritable(path: Path, size: int | None, problem: OSError) -> CheckpointErr
     kept = "nothing was lost, what was there before is as it was"
     if problem.errno in _NO_ROOM:
         needs = "more room" if size is None else f"{size} bytes"
-        return CheckpointError(
-            f"{_NO_ROOM[problem.errno]}: {path} needs {needs}; {kept}; free space and resume"
-        )
+        return CheckpointError(f"{_NO_ROOM[problem.errno]}: {path} needs {needs}; {kept}; free space and resume")
     return CheckpointError(f"{path} cannot be written: {_reason(problem)}; {kept}")
 
 

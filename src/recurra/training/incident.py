@@ -27,12 +27,12 @@ def find_incident(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> s
     watch = _Watch()
     with watch.hooks(model):
         for loss in losses():
-            if watch.found is None and not torch.isfinite(loss):
-                watch.found = "the loss is not finite though every layer's output is"
-            if watch.found is not None:
+            if watch.has_found():
                 return watch.found
+            if not torch.isfinite(loss):
+                return "the loss is not finite though every layer's output is"
             loss.backward()
-            if watch.found is not None:
+            if watch.has_found():
                 return watch.found
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
@@ -44,9 +44,12 @@ def find_incident(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> s
 class _Watch:
     """Hooks that note the first bad value. Steps are counted within the recurrence they belong to."""
 
-    found: str | None = None
+    found: str = ""
     steps: dict[str, int] = field(default_factory=dict)
     recurrence: tuple[bool, int] = (False, 0)
+
+    def has_found(self) -> bool:
+        return bool(self.found)
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
@@ -88,7 +91,7 @@ class _Watch:
         return look
 
     def _note(self, tensor: Tensor, what: str, step: int | None) -> None:
-        if self.found is not None or not tensor.is_floating_point():
+        if self.found or not tensor.is_floating_point():
             return
         bad = ~torch.isfinite(tensor)
         if not bad.any():

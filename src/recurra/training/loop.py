@@ -121,14 +121,16 @@ class Trainer:
                 if own:
                     self.optimizer.state[parameter] = {key: value.clone() for key, value in own.items()}
         whole = self.task.initial_carry()
-        stored = [tensors.get(f"carry.{k}") for k in range(len(leaves(whole)))]
-        for k, (leaf, like) in enumerate(zip(stored, leaves(whole), strict=True)):
+        stored = []
+        for k, like in enumerate(leaves(whole)):
+            leaf = tensors.get(f"carry.{k}")
             if leaf is None or leaf.shape != like.shape or leaf.dtype != like.dtype:
                 found = "none" if leaf is None else f"{tuple(leaf.shape)} {leaf.dtype}"
                 raise CheckpointError(
                     f"the checkpoint's carried state {k} does not fit: expected {tuple(like.shape)} {like.dtype}, "
                     f"got {found}; was the batch size changed?"
                 )
+            stored.append(leaf)
         rest = iter(stored)
         self.carry = self._my_rows(map_state(lambda _: next(rest), whole))
         self.position = Position(**checkpoint.facts["position"])
@@ -198,10 +200,9 @@ class Trainer:
         """Leave weights and optimiser as they are, and say where it began. Rows whose state went bad start afresh."""
         after, self.carry = self.carry, before
         reason = find_incident(self.task.model, lambda: (loss for loss, _ in self._losses(self.task.model, windows)))
-        bad = torch.zeros(leaves(after)[0].shape[0], dtype=torch.bool) if leaves(after) else None
-        for leaf in leaves(after):
-            bad = bad | ~torch.isfinite(leaf.flatten(1)).all(1)
-        self.carry = where_rows(bad, self._my_rows(self.task.initial_carry()), after) if bad is not None else after
+        good = [torch.isfinite(leaf.flatten(1)).all(1) for leaf in leaves(after)]
+        fresh = self._my_rows(self.task.initial_carry())
+        self.carry = where_rows(torch.stack(good).all(0), after, fresh) if good else after
         self.position.skipped += 1
         self.position.skipped_in_a_row += 1
         self.progress.say(f"update {self.position.step + 1} skipped: {reason}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from recurra import __version__
 from recurra.errors import CheckpointError, ConfigError
-from recurra.training.config import to_toml
+from recurra.training.config import C, read_complete, to_toml
 from recurra.training.files import read_json, write_atomically
 
 
@@ -84,6 +84,13 @@ class Run:
                 f"version 1, got {about.get('format')!r}, version {about.get('version')!r}"
             )
         return cls(path, str(about.get("task")))
+
+    def settings(self, kind: type[C]) -> C:
+        """What was asked for, as a configuration of class ``kind``. Raises CheckpointError where it is damaged."""
+        try:
+            return read_complete(kind, self.config)
+        except ConfigError as error:
+            raise CheckpointError(f"the configuration of the run {self.path} is damaged: {error}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -19,11 +19,14 @@ class Task(Protocol):
     go on anywhere. Within an epoch a state may be carried from one window into the next.
     """
 
-    model: nn.Module
     windows: int
     """Windows in one epoch."""
     unit: str
     """What is counted, in the plural: ``characters``, ``words``, ``sentences``."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, which holds all that is trained."""
 
     def initial_carry(self) -> State:
         """The state before the first window of an epoch, for the whole batch."""

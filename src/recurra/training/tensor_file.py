@@ -129,9 +129,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     else:
         return tensor.detach().cpu().resolve_neg().contiguous()
     known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NAMES)
-    raise CheckpointError(
-        f"tensor {name!r} {fault}: a checkpoint holds dense tensors with values, of {known}"
-    )
+    raise CheckpointError(f"tensor {name!r} {fault}: a checkpoint holds dense tensors with values, of {known}")
 
 
 def _size(name: str, entry: Any, where: str) -> int:
@@ -140,13 +138,9 @@ def _size(name: str, entry: Any, where: str) -> int:
         raise CheckpointError(f"{where}: tensor {name!r} must have a dtype, a shape and a digest")
     shape, dtype = entry["shape"], entry["dtype"]
     if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and n >= 0 for n in shape):
-        raise CheckpointError(
-            f"{where}: tensor {name!r} must have a shape of at most 64 sizes, 0 or more each"
-        )
+        raise CheckpointError(f"{where}: tensor {name!r} must have a shape of at most 64 sizes, 0 or more each")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where}: tensor {name!r} must have a dtype among {', '.join(DTYPES)}")
     if math.prod(max(n, 1) for n in shape) >= 2**60:
-        raise CheckpointError(
-            f"{where}: tensor {name!r} has a shape that is too large even for an empty tensor"
-        )
+        raise CheckpointError(f"{where}: tensor {name!r} has a shape that is too large even for an empty tensor")
     return math.prod(shape) * DTYPES[dtype].itemsize
