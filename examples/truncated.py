@@ -1,7 +1,7 @@
 """A training loop of one's own on one long stream, with truncated backpropagation through time.
 
-The stream is a switch: an input is now and then +1 or -1, else 0, and the target is the last one that was not 0. The state is
-carried from window to window, so the network knows what was switched on before the window began.
+The stream is a switch: an input is now and then +1 or -1, else 0, and the target is the last one that was not 0.
+The state is carried from window to window, so the network knows what was switched on before the window began.
 
 Legend: T time, B batch, I input, H hidden, O output, D any feature.
 """
@@ -9,7 +9,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 import torch
 from torch.nn import functional as F
 
-from recurra import Recurrent, detach, truncated
+from recurra import Recurrent, truncated
 from recurra.cells import GRU, Readout
 
 T, B, WINDOW = 1000, 8, 20
@@ -32,17 +32,15 @@ def main():
     torch.manual_seed(0)
     rnn = Recurrent(Readout(GRU(1, 16), 1))
     optimizer = torch.optim.Adam(rnn.parameters(), lr=0.01)
-    state = None
     for epoch in range(3):
         x, target = draw()
         right = []
-        for span, y, state in truncated(rnn, x, WINDOW, state):
+        for span, y, _ in truncated(rnn, x, WINDOW):
             F.mse_loss(y, target[span]).backward()
             torch.nn.utils.clip_grad_norm_(rnn.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             right.append(share_right(y, target[span]))
-        state = detach(state)
         print(f"epoch {epoch}: {100 * sum(right) / len(right):.1f} % right while learning")
 
     x, target = draw()

@@ -298,10 +298,10 @@ def test_the_floors_in_the_architecture_are_those_of_the_source():
 def scoreboard_row(path: Path) -> str:
     """The row of docs/scoreboard.md for a result."""
     result = json.loads(path.read_text())
-    training = f"{result['updates']:,} updates ({result['best_update']:,}), {result['minutes']} min, {result['threads']} threads"
+    training = f"{result['updates']:,} updates ({result['best_update']:,}), {result['minutes']} min"
     return (
         f"| {result['data']} | {result['validation_nats_per_character']} | {result['test_nats_per_character']} "
-        f"| {result['parameters']:,} | {training} | {result['seed']} "
+        f"| {result['parameters']:,} | {training}, {result['threads']} threads | {result['seed']} "
         f"| [{path.stem}](../benchmarks/results/{path.name}) |\n"
     )
 

@@ -31,7 +31,7 @@ _READ_AT_ONCE = 256
 # An emoji of a family is a row of many.
 _LONGEST_CHARACTER = 32
 _ENDS = {"end": 0, "interrupt": 130}
-_HELP = "Tab takes · Alt-1…9 picks · ↑ ↓ chooses · Enter new line · Ctrl-U clears the line · Ctrl-D ends"
+_HELP = "Tab takes · Alt-1…9 picks · ↑ ↓ chooses · Ctrl-U clears · Ctrl-D ends"
 
 
 class Offer(NamedTuple):

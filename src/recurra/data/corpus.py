@@ -33,8 +33,8 @@ RECORD = "corpus.json"
 LARGEST_VOCABULARY = 65_536
 # The unit: the smallest and the usual size of its vocabulary.
 SIZES = {"word": (2, 10_000), "subword": (256, 2_000)}
-# Subwords are learned from this many characters at most, spread evenly over the training part.
-MOST_LEARNED = 1 << 23
+# Subwords are learned from this many characters, or this many for each subword where that is more.
+LEARNED, LEARNED_FOR_EACH = 1 << 22, 1 << 8
 
 _COUNTED = ("tokens", "characters", "bytes")
 
@@ -124,6 +124,7 @@ def build_corpus(
     two where there is none. ``unit`` is "character", "byte", "word" or "subword"; ``vocabulary_size`` is for
     words (10,000 unless given) and subwords (2,000). The vocabulary of characters comes from the whole text,
     as is usual for published figures; those of words and subwords from the training part alone.
+    Of a long one, subwords are learned from a sample, 4 million characters or more spread evenly over it.
 
     ``validation`` and ``test`` are the shares of the text, in characters (bytes for the byte unit), that its
     last two parts have; 0 leaves a part empty. A cut is never inside a character, and for words and subwords
@@ -235,7 +236,8 @@ def _learn(text: Text, cuts: Sequence[int], characters: set[str], size: int) -> 
         return Characters(characters)
     if text.unit == "word":
         return Words.learn(_training(text, cuts), size)
-    return Subwords.learn(islice(_training(text, cuts), 0, None, math.ceil(cuts[0] / MOST_LEARNED) or 1), size)
+    every = max(1, math.ceil(cuts[0] / max(LEARNED, LEARNED_FOR_EACH * size)))
+    return Subwords.learn(islice(_training(text, cuts), 0, None, every), size)
 
 
 def _training(text: Text, cuts: Sequence[int]) -> Iterator[str]:

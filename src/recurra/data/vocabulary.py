@@ -218,7 +218,7 @@ class Subwords(Vocabulary):
 
     def encode(self, text: str, where: str = "text", *, start: int = 0) -> np.ndarray:
         _utf8(text, where, start)
-        return np.array(self._encoder.encode(text).ids, self.dtype)
+        return np.array(self._encoder.encode_batch_fast([text])[0].ids, self.dtype)
 
     def piece(self, token: int) -> str:
         self.decode([token])

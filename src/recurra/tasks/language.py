@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from recurra.decoding import decode_stream, generate, until
 from recurra.errors import CheckpointError, ConfigError, ShapeError
 from recurra.tasks.language_config import LanguageConfig, ModelConfig
 from recurra.training.checkpoint import load, load_into
-from recurra.training.files import read_json
+from recurra.training.files import parse_json, read_bytes
 from recurra.training.run import Run
 from recurra.unroll import Recurrent
 
@@ -136,6 +137,11 @@ class LanguageTask:
         return figures(loss, self.corpus.tokens["train"] / self.corpus.characters["train"])
 
 
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary that training wrote, of a million words if need be. Raises CheckpointError or DataError."""
+    return vocabulary_from_json(parse_json(read_bytes(path, limit=2**28), str(path), values=2**22))
+
+
 def identity(vocabulary: Vocabulary) -> dict[str, str]:
     """A digest of the vocabulary: the same number must stand for the same text."""
     canonical = json.dumps(vocabulary.to_json(), sort_keys=True).encode()
@@ -186,7 +192,7 @@ class Language:
     def load(cls, run: Run, checkpoint: str = "best") -> Language:
         """The model of a run, in evaluation mode. Raises CheckpointError or DataError where a file is damaged."""
         config = run.settings(LanguageConfig)
-        vocabulary = vocabulary_from_json(read_json(run.path / "vocabulary.json"))
+        vocabulary = read_vocabulary(run.path / "vocabulary.json")
         model = build_model(len(vocabulary), config.model)
         stored = load(run.checkpoints, checkpoint)
         if stored.facts.get("task") != identity(vocabulary):

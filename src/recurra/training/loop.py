@@ -133,7 +133,10 @@ class Trainer:
             stored.append(leaf)
         rest = iter(stored)
         self.carry = self._my_rows(map_state(lambda _: next(rest), whole))
-        self.position = Position(**checkpoint.facts["position"])
+        try:
+            self.position = Position(**checkpoint.facts["position"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint does not say where training stood: {error}") from error
         if self.world.leads:
             self.run.forget_after(self.position.step)
 
