@@ -91,6 +91,21 @@ def test_the_other_vectors_begin_at_their_stated_values():
     assert not cells.GRU(3, 4).bias_hn.any()
 
 
+@pytest.mark.parametrize("kind", [cells.LSTM, cells.CoupledLSTM, cells.PeepholeLSTM, cells.LayerNormLSTM])
+def test_parameters_drawn_anew_are_as_at_the_beginning(kind):
+    cell, other = kind(3, 4), kind(3, 4)
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.fill_(7.0)
+    cell.reset_parameters()
+    for name, parameter in cell.named_parameters():
+        if parameter.dim() < 2:
+            assert torch.equal(parameter, getattr(other, name))
+        else:
+            assert (parameter != 7).all()
+            assert not torch.equal(parameter, getattr(other, name))
+
+
 @pytest.mark.parametrize("entry", HOUSE, ids=str)
 def test_states_begin_at_zero_but_for_the_running_maximum(entry):
     cell = entry.make(3, 4)

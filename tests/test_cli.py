@@ -75,7 +75,7 @@ def test_evaluate_sample_info_and_env_answer_people_and_programs(trained, capsys
     assert "i" not in capsys.readouterr().out
     for what in (str(trained), str(trained / "checkpoints" / "last.json")):
         assert recurra(["info", what, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["updates"] == 4
+        assert json.loads(capsys.readouterr().out)["updates taken"] == 4
     assert recurra(["info", str(trained)]) == 0
     assert "weight_hh" in capsys.readouterr().out
     assert recurra(["env", "--json"]) == 0

@@ -378,9 +378,9 @@ sys.exit(complete.run(completer_of({unit!r}), sys.stdin, sys.stdout, sys.stderr,
 """
 
 
-def child(unit="character", broken=False, **streams):
+def child(unit="character", broken=False, term="xterm", **streams):
     program = PROGRAM.format(tests=str(Path(__file__).parent), unit=unit, broken=broken)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "TERM": term}
     return subprocess.Popen([sys.executable, "-c", program], env=environment, **streams)
 
 
@@ -397,6 +397,8 @@ class Screen:
                 self.column = 0
             elif part == "\n":
                 self.row += 1
+            elif part == "\t":
+                self.column += 8
             elif part.startswith("\x1b"):
                 self.obey(part)
             else:
@@ -517,7 +519,7 @@ def test_a_person_types_takes_offers_and_ends():
         assert f"{100 * mirror.offers(3)[0].probability:5.1f} %" in talk.screen.shown()[4]
         talk.send("\x04")
         assert talk.end() == 0
-        talk.until([*mirror.text.split("\n"), ""])
+        talk.until(mirror.text.split("\n"))
 
 
 def test_long_lines_and_another_window_size_do_not_break_the_picture():
@@ -548,6 +550,16 @@ def test_the_terminal_is_restored_whatever_ends_the_program(ending):
         talk.until(lambda screen: "1049" not in screen.modes and "25" in screen.modes)
         assert talk.end() == (143 if ending == "terminated" else 1)
         assert (b"ZeroDivisionError" in talk.process.stderr.read()) == (ending == "broken")
+
+
+def test_a_terminal_that_cannot_be_painted_is_served_line_by_line():
+    with Conversation(term="dumb") as talk:
+        talk.send("the c\n\x04")
+        assert talk.process.wait(60) == 0
+        talk.until(lambda screen: len(screen.shown()) >= 4)
+        offers = typed("character", "the c").offers(3)
+        assert talk.screen.shown()[1:4] == [f"{o.probability:.6f}        {o.text}" for o in offers]
+        assert b"TERM" in talk.process.stderr.read()
 
 
 # A pipe

@@ -628,6 +628,14 @@ def test_the_search_stops_when_no_better_word_can_come():
     assert len(steps) <= 4
 
 
+def test_an_early_end_waits_for_all_spellings_of_the_tail():
+    vocabulary, model = Pieces("a", "aab ", "."), Trigram(3)
+    model.table.data = torch.tensor([0.3, 0.65, 0.05], dtype=torch.float64).log().expand(3, 3, 3)
+    (best, probability), *_ = every_completion(model, vocabulary, 2, "aa", 12)
+    assert offered(model, vocabulary, 2, "aa", count=1) == [(best, pytest.approx(probability, abs=1e-3))]
+    assert best == "b"
+
+
 def test_word_models_offer_the_likeliest_words_that_begin_as_typed():
     vocabulary = Words(["<unk>", "cat", "cart", "dog", "car", ",", "\n", "don't"])
     logits = torch.tensor([[9.0, 1.0, 2.0, 5.0, 0.0, 7.0, 8.0, -1.0]])
@@ -644,6 +652,7 @@ def test_word_models_offer_the_likeliest_words_that_begin_as_typed():
     )
     assert list(offers("do")) == ["g", "n't"]
     assert offers("x") == {}
+    assert offers("<") == {}
     top = offers("")
     assert list(top) == ["dog", "cart", "cat"]
     assert top["dog"] == pytest.approx(float(share[3] / share.sum()))

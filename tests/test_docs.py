@@ -250,7 +250,7 @@ def _values(each: Setting) -> str:
     if each.limits["choices"]:
         return " ".join(f"`{choice}`" for choice in each.limits["choices"])
     words = {int: "whole", float: "number", bool: "true, false", str: "text"}[each.kind]
-    for limit, what in (("low", "from"), ("above", "above"), ("below", "below")):
+    for limit, what in (("low", "from"), ("above", "above"), ("high", "to"), ("below", "below")):
         if each.limits[limit] is not None:
             words += f" {what} {each.limits[limit]:g}"
     return f"{words}, or none" if each.optional else words

@@ -86,7 +86,7 @@ def strategy(setting):
         values = st.integers(min_value=int(limits["low"] or 0), max_value=2**40)
     else:
         low = max(limits["low"] or 0.0, math.nextafter(limits["above"] or 0.0, 1))
-        values = st.floats(low, math.nextafter(limits["below"] or 1e9, 0))
+        values = st.floats(low, limits["high"] or math.nextafter(limits["below"] or 1e9, 0))
     return values | st.none() if setting.optional else values
 
 

@@ -125,9 +125,10 @@ def test_a_cell_that_says_no_sizes_runs_all_the_same():
         Recurrent(Sum())(x[:0])
 
 
+@pytest.mark.parametrize("options", ["", "lengths resets"])
 @pytest.mark.parametrize("entry", CATALOGUE, ids=str)
-def test_autocast_keeps_the_precision_of_the_state(entry):
-    case = draw(entry, 5, 3, 3, 4, "lengths", "resets").to(torch.float32)
+def test_autocast_keeps_the_precision_of_the_state(entry, options):
+    case = draw(entry, 5, 3, 3, 4, *options.split()).to(torch.float32)
     _, expected = by_recurrent(case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, final = by_recurrent(case)

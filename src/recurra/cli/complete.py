@@ -5,6 +5,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature; V vocabular
 
 from __future__ import annotations
 
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -211,7 +212,7 @@ def run(
     At a terminal (``stdin`` and ``stdout`` both) the text is shown as it is typed, with the offers below it;
     at the end it is written to ``stdout``. Ctrl-D ends with 0, Ctrl-C with 130, SIGTERM with 143.
 
-    Otherwise, and for ``json``, each line is a text of its own. Its offers are written one a line as
+    Otherwise, for ``json``, and where TERM is "dumb", each line is a text of its own. Its offers are written one a line as
     probability, tab, text to append, with an empty line between two texts; or as one JSON object:
     ``{"text": ..., "offers": [{"text": ..., "probability": ...}, ...]}``.
 
@@ -219,7 +220,11 @@ def run(
     """
     if count < 1:
         raise ConfigError(f"expected at least 1 offer, got a count of {count}")
-    if json or not (stdin.isatty() and stdout.isatty()):
+    person = stdin.isatty() and stdout.isatty() and not json
+    dumb = os.environ.get("TERM", "dumb") == "dumb"
+    if person and dumb:
+        print("TERM names no terminal that can be painted: the offers come when a line has ended", file=stderr)
+    if dumb or not person:
         return _complete_lines(completer, stdin, stdout, stderr, count, json)
     with Terminal(stdin, stdout) as terminal:
         code = _converse(completer, terminal, count)

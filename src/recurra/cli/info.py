@@ -61,7 +61,7 @@ def _checkpoint_rows(name: str, checkpoint: Any) -> dict[str, Any]:
     position = checkpoint.facts.get("position", {})
     rows: dict[str, Any] = {
         "checkpoint": name,
-        "updates": position.get("step"),
+        "updates taken": position.get("step"),
         "updates skipped": position.get("skipped"),
     }
     rows["units seen"] = position.get("seen")

@@ -24,16 +24,17 @@ def setting(
     *,
     low: float | None = None,
     above: float | None = None,
+    high: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A field of a configuration: its default, what it means, and the values it can take.
 
-    ``low`` is the least value, ``above`` and ``below`` are limits that are not reached themselves.
+    ``low`` is the least value and ``high`` the greatest; ``above`` and ``below`` are limits that are not reached.
     """
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "low": low, "above": above, "below": below, "choices": choices},
+        metadata={"help": help, "low": low, "above": above, "high": high, "below": below, "choices": choices},
     )
 
 
@@ -48,7 +49,7 @@ class TrainingConfig:
     learning_rate: float = setting(3e-3, "The highest learning rate.", above=0)
     warmup: int = setting(100, "Updates over which the learning rate rises from zero.", low=0)
     schedule: str = setting("cosine", "What it does then.", choices=("cosine", "linear", "constant"))
-    final_rate: float = setting(0.05, "Share of the learning rate left at the end of a decay.", low=0, below=1.0001)
+    final_rate: float = setting(0.05, "Share of the learning rate left at the end of a decay.", low=0, high=1)
     weight_decay: float = setting(0.01, "Decay of weight matrices per unit of learning rate.", low=0)
     clip_norm: float | None = setting(
         1.0, "Longest gradient, as a norm over all parameters; none for no limit.", above=0
@@ -202,7 +203,7 @@ def _parse(setting: Setting, value: Any, where: str) -> Any:
         wanted = "one of " + ", ".join(limits["choices"])
     if optional:
         wanted += ", or none"
-    for limit, words in (("low", "at least"), ("above", "above"), ("below", "below")):
+    for limit, words in (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below")):
         if limits[limit] is not None:
             wanted += f", {words} {limits[limit]:g}"
     parsed = _convert(kind, value)
@@ -211,6 +212,7 @@ def _parse(setting: Setting, value: Any, where: str) -> Any:
         or (limits["choices"] and parsed not in limits["choices"])
         or (limits["low"] is not None and not parsed >= limits["low"])
         or (limits["above"] is not None and not parsed > limits["above"])
+        or (limits["high"] is not None and not parsed <= limits["high"])
         or (limits["below"] is not None and not parsed < limits["below"])
         or parsed == float("inf")
     ):
