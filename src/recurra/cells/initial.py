@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 
-def initialise(cell: nn.Module, hidden_size: int) -> None:
+def initialise(cell: nn.Module, hidden_size: int, heads: int = 1) -> None:
     """Set a cell's own parameters, by name, to values that train well.
 
-    - ``weight_hh``: each gate's block of ``hidden_size`` rows orthogonal (Saxe et al. 2014), so that at first
+    - ``weight_hh``: each gate's block of ``hidden_size // heads`` rows orthogonal (Saxe et al. 2014), so that at first
       neither signal nor gradient grows or dies on its way through time.
     - other matrices: each gate's block uniform by its fan-in and fan-out (Glorot & Bengio 2010).
     - ``scale``s of a normalisation: one. Biases and other vectors, such as peepholes: zero; a cell with a forget
@@ -20,8 +20,9 @@ def initialise(cell: nn.Module, hidden_size: int) -> None:
         if parameter.dim() < 2:
             nn.init.constant_(parameter, 1.0 if name.startswith("scale") else 0.0)
             continue
-        for block in parameter.detach().flatten(0, -2).split(hidden_size):
-            if name.startswith("weight_hh"):
+        recurrent = name.startswith("weight_hh")
+        for block in parameter.detach().flatten(0, -2).split(hidden_size // heads if recurrent else hidden_size):
+            if recurrent:
                 nn.init.orthogonal_(block)
             else:
                 nn.init.xavier_uniform_(block)

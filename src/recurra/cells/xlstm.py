@@ -47,7 +47,7 @@ class SLSTM(Cell):
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
         self.weight_hh = nn.Parameter(torch.empty(heads, 4 * head_size, head_size))
         self.bias = nn.Parameter(torch.empty(4 * hidden_size))
-        initialise(self, head_size)
+        initialise(self, hidden_size, heads)
         with torch.no_grad():
             self.bias[hidden_size : 2 * hidden_size] = 1.0
 

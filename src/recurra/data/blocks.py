@@ -12,6 +12,8 @@ from recurra.data.files import Source, read_byte_chunks, read_text_chunks
 
 # A run without white space is taken apart after about this many characters, so that a block stays small.
 LONGEST_RUN = 1 << 16
+# Between two parts, white space is looked for over this many characters; beyond them a cut is made as it comes.
+FARTHEST_SEAM = 100
 _SEAM = re.compile(r"\S(?=[ \n\t])")
 
 
@@ -112,8 +114,10 @@ def _next_cut(content: str | bytes, place: int, unit: str) -> int:
         # A character has at most three such bytes; where there are more, this is no UTF-8 and any place does.
         continues = _continues(content[place : place + 4])
         return place if continues.all() and len(continues) == 4 else place + int(np.append(continues, False).argmin())
-    seam = _SEAM.search(content, place - 1)
-    return len(content) if seam is None else seam.end()
+    seam = _SEAM.search(content, place - 1, place + FARTHEST_SEAM + 1)
+    if seam is not None:
+        return seam.end()
+    return len(content) if len(content) - place <= FARTHEST_SEAM else place
 
 
 def _whole_characters(blocks: Iterator[Block]) -> Iterator[Block]:

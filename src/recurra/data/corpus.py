@@ -128,8 +128,7 @@ def build_corpus(
 
     ``validation`` and ``test`` are the shares of the text, in characters (bytes for the byte unit), that its
     last two parts have; 0 leaves a part empty. A cut is never inside a character, and for words and subwords
-    is moved on to the next place where white space begins. A run of more than 65,536 characters without white
-    space may be cut.
+    is moved on to the next place where white space begins, if there is one within 100 characters.
 
     The folder gets ``train.bin``, ``validation.bin``, ``test.bin`` (the tokens, little-endian) and
     ``corpus.json``, or stays as it was. Raises ConfigError for settings that do not fit, DataError for a text
