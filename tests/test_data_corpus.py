@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
 import re
 import subprocess
@@ -17,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recurra.data import blocks, corpus, record, words
+from recurra.data import blocks, bpe, corpus, words
 from recurra.data.corpus import SPLITS, Corpus, build_corpus, encode_file
-from recurra.data.vocabulary import Bytes, Characters, Words, vocabulary_from_json
+from recurra.data.vocabulary import Bytes, Characters, Words
 from recurra.errors import ConfigError, DataError
 
 TEXT = "One two, three; four!\r\nFünf 六 seven  eight.\n\n" * 40
@@ -96,8 +94,14 @@ _SHARE = st.sampled_from([0, 0.05, 0.1, 0.25])
 
 
 @pytest.mark.parametrize("unit", ["character", "byte", "word", "subword"])
-@given(texts=st.lists(_HARD, min_size=1, max_size=3), chunk=st.integers(1, 9), validation=_SHARE, test=_SHARE)
-def test_a_corpus_is_the_text_that_fits_in_memory(unit, texts, chunk, validation, test):
+@given(
+    texts=st.lists(_HARD, min_size=1, max_size=3),
+    chunk=st.integers(1, 9),
+    validation=_SHARE,
+    test=_SHARE,
+    farthest=st.sampled_from([3, 100]),
+)
+def test_a_corpus_is_the_text_that_fits_in_memory(unit, texts, chunk, validation, test, farthest):
     contents = [text.encode() for text in texts] if unit == "byte" else texts
     shares = {"validation": validation, "test": test}
     with _folder(*contents) as (names, folder), pytest.MonkeyPatch.context() as patch:
@@ -130,6 +134,32 @@ def test_a_corpus_is_the_text_that_fits_in_memory(unit, texts, chunk, validation
         whole = expected[0][:0].join(expected)
         assert encoded.tokens.tolist() == (list(whole) if unit == "byte" else vocabulary.encode(whole).tolist())
         assert encoded.bytes == len(whole if unit == "byte" else whole.encode())
+        assert encoded.characters == sum(built.characters.values())
+        assert unit == "byte" or encoded.characters == len(whole)
+
+
+@pytest.mark.parametrize("unit", ["character", "byte", "word", "subword"])
+@pytest.mark.parametrize("validation", [0, 0.05, 0.3])
+@pytest.mark.parametrize("farthest", range(7))
+def test_every_cut_is_the_first_that_is_allowed(unit, validation, farthest, monkeypatch):
+    _small_blocks(monkeypatch, 11)
+    monkeypatch.setattr(blocks, "FARTHEST_SEAM", farthest)
+    for length in range(400, 425):
+        content = TEXT[:length].encode() if unit == "byte" else TEXT[:length]
+        expected = _expected([content], unit, validation, 0.1)
+        with _folder(content) as (names, _):
+            parts = ["", "", ""] if unit != "byte" else [b"", b"", b""]
+            size = sum(map(len, expected))
+            cuts = (size - round(size * 0.1) - round(size * validation), size - round(size * 0.1))
+            for part, block in blocks.Text([("text", Path(names[0]))], unit).parts(cuts):
+                parts[part] += block.content
+            assert tuple(parts) == expected
+
+
+def test_bytes_that_are_no_text_are_cut_where_the_shares_end():
+    with _folder(b"\x80" * 1000) as (names, folder):
+        built = build_corpus(names, folder, unit="byte")
+        assert built.tokens == built.bytes == {"train": 900, "validation": 50, "test": 50}
 
 
 def test_the_oracle_kills_a_corpus_with_a_cut_too_early(monkeypatch):
@@ -168,20 +198,27 @@ def test_the_vocabulary_of_characters_comes_from_the_whole_text():
 def test_a_run_without_white_space_is_taken_apart_and_loses_nothing(monkeypatch):
     monkeypatch.setattr(blocks, "LONGEST_RUN", 50)
     _small_blocks(monkeypatch, 20)
-    text = "é中a" * 300
+    text = "é中a" * 3000
     with _folder(text) as (names, folder):
         built = build_corpus(names, folder, unit="subword", vocabulary_size=260)
+        assert 8100 <= built.characters["train"] <= 8200
+        assert 350 <= built.characters["test"] <= 450
         assert "".join(built.vocabulary.decode(part) for part in _parts(built)) == text
+        assert max(map(len, blocks.Text([("text", Path(names[0]))], "subword"))) < 50 + 20
 
 
 def test_subwords_of_a_long_text_are_learned_from_all_over_it(monkeypatch):
     monkeypatch.setattr(corpus, "LEARNED", 2000)
     monkeypatch.setattr(corpus, "LEARNED_FOR_EACH", 1)
     _small_blocks(monkeypatch, 100)
+    learned = []
+    learn = bpe.learn
+    monkeypatch.setattr(bpe, "learn", lambda texts, size: learn((learned.append(t) or t for t in texts), size))
     text = "beginning " * 2000 + "ending " * 2000
     with _folder(text) as (names, folder):
         vocabulary = build_corpus(names, folder, unit="subword", vocabulary_size=300).vocabulary
         assert len(vocabulary.encode("beginning ending")) == 2
+        assert 1000 < sum(map(len, learned)) <= 2200
 
 
 def test_a_published_figure_needs_ninety_five_five(data_folder, tmp_path):
@@ -371,200 +408,3 @@ def test_a_text_that_changes_meanwhile_is_refused_and_the_old_corpus_stays(tmp_p
     with pytest.raises(DataError, match=r"text.txt; try again"):
         build_corpus(tmp_path / "text.txt", built.folder)
     assert Corpus.open(built.folder) == built
-
-
-# --- damage ---
-
-
-def _damage(path, data):
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=path.name):
-        Corpus.open(path.parent)
-
-
-@pytest.mark.parametrize("name", ["corpus.json", "train.bin", "validation.bin", "test.bin"])
-def test_every_kind_of_damage_is_noticed_and_named(built, name):
-    path = built.folder / name
-    whole = path.read_bytes()
-    for place in {*range(0, len(whole), 1 + len(whole) // 150), len(whole) - 1}:
-        for bit in (0, 5, 7):
-            _damage(path, whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
-    for length in {*range(0, len(whole), 1 + len(whole) // 50), len(whole) - 1}:
-        _damage(path, whole[:length])
-    _damage(path, whole + b"\0")
-    _damage(path, whole + b"\n")
-    path.unlink()
-    with pytest.raises(DataError, match=name):
-        Corpus.open(built.folder)
-    path.mkdir()
-    with pytest.raises(DataError, match=name):
-        Corpus.open(built.folder)
-    path.rmdir()
-    os.mkfifo(path)
-    with pytest.raises(DataError, match=f"{name} is damaged: it is no regular file"):
-        Corpus.open(built.folder)
-    path.unlink()
-    path.write_bytes(whole)
-    assert Corpus.open(built.folder) == built
-
-
-def test_a_folder_without_a_corpus_is_called_so(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(DataError, match="there is no corpus in"):
-            Corpus.open(folder)
-
-
-def test_a_part_that_goes_away_later_is_refused(built):
-    with open(built.folder / "train.bin", "r+b") as file:
-        file.truncate(5)
-    with pytest.raises(DataError, match=r"train\.bin is damaged"):
-        built.split("train")
-    (built.folder / "train.bin").unlink()
-    with pytest.raises(DataError, match=r"train\.bin is damaged"):
-        built.split("train")
-
-
-def _changed(**changes):
-    """A change of the record that keeps its digest right: what only a program could have written."""
-
-    def change(content):
-        for key, value in changes.items():
-            *folders, last = key.split("__")
-            place = content
-            for folder in folders:
-                place = place[folder]
-            place[last] = value
-
-    return change
-
-
-_CHANGES = {
-    "negative": _changed(splits__train__tokens=-1),
-    "huge": _changed(splits__train__tokens=10**30),
-    "huge and plausible": _changed(splits__test__tokens=2**62),
-    "bool": _changed(splits__train__tokens=True),
-    "float": _changed(splits__train__tokens=1.0),
-    "text": _changed(splits__train__bytes="5"),
-    "null": _changed(splits__validation__characters=None),
-    "other digest": _changed(splits__train__digest="00" * 32),
-    "digest a number": _changed(splits__train__digest=5),
-    "splits a list": _changed(splits=[]),
-    "split a number": _changed(splits__test=5),
-    "no splits": lambda content: content.pop("splits"),
-    "dtype": _changed(dtype="float64"),
-    "dtype a list": _changed(dtype=["uint8"]),
-    "no dtype": lambda content: content.pop("dtype"),
-    "sources": _changed(sources=5),
-    "source": _changed(sources=[5]),
-    "vocabulary": _changed(vocabulary=None),
-    "vocabulary unit": _changed(vocabulary__unit="bytes"),
-    "vocabulary too small": _changed(vocabulary={"unit": "character", "characters": "ab"}),
-}
-
-
-@pytest.mark.parametrize("name", _CHANGES)
-def test_a_record_that_says_something_wrong_is_refused(built, name):
-    path = built.folder / "corpus.json"
-    content, _ = record.unseal(path)
-    _CHANGES[name](content)
-    path.write_bytes(record.seal(content))
-    with pytest.raises(DataError):
-        Corpus.open(built.folder)
-
-
-def _sealed(body):
-    return record._OPENING + record._digest(body) + record._MIDDLE + body + record._CLOSING
-
-
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b"[]", b"null", b"NaN", b"[" * 100_000, b"1" * 10_000, b"\xff", b'{"a":' * 50_000, b"[],[]," * 200_000],
-    ids=range(10),
-)
-def test_a_record_that_is_no_record_is_refused(built, body):
-    path = built.folder / "corpus.json"
-    path.write_bytes(_sealed(body))
-    with pytest.raises(DataError, match=r"corpus.json is damaged"):
-        Corpus.open(built.folder)
-
-
-def test_a_record_is_json_with_the_digest_first(built):
-    value = json.loads((built.folder / "corpus.json").read_text())
-    assert list(value) == ["blake2b", "content"]
-    assert value["blake2b"] == built.digest
-    assert vocabulary_from_json(value["content"]["vocabulary"]) == built.vocabulary
-
-
-def test_a_record_that_grew_too_large_is_refused_unread(built, monkeypatch):
-    monkeypatch.setattr(record, "LARGEST", 100)
-    with pytest.raises(DataError, match="more than the 100"):
-        Corpus.open(built.folder)
-    with pytest.raises(DataError, match="more than 100"):
-        record.seal({"words": ["x"] * 100})
-
-
-# --- folders that cannot be written ---
-
-
-@pytest.mark.parametrize(
-    ("number", "says"),
-    [
-        (errno.ENOSPC, "the disk is full"),
-        (errno.EDQUOT, "the disk quota is used up"),
-        (errno.EFBIG, "the limit on the size of a file is reached"),
-        (errno.EROFS, "cannot write into .*: Read-only"),
-    ],
-)
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_refuses_is_named_and_leaves_no_half_corpus(tmp_path, built, monkeypatch, call, number, says):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(DataError, match=says) as caught:
-        build_corpus(tmp_path / "text.txt", built.folder, unit="byte")
-    assert str(built.folder) in str(caught.value)
-    assert not [name for name in os.listdir(built.folder) if name.startswith(".")]
-    if call == "fsync":
-        assert Corpus.open(built.folder) == built
-    else:
-        with pytest.raises(DataError, match="there is no corpus"):
-            Corpus.open(built.folder)
-
-
-def test_ctrl_c_leaves_the_old_corpus_and_no_temporary_file(tmp_path, built, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(corpus, "measure", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        build_corpus(tmp_path / "text.txt", built.folder, unit="byte")
-    assert Corpus.open(built.folder) == built
-    assert len(os.listdir(built.folder)) == 4
-
-
-def test_a_file_where_the_folder_should_be_is_refused(tmp_path, built):
-    for folder in (tmp_path / "text.txt", tmp_path / "text.txt" / "corpus"):
-        with pytest.raises(DataError, match=r"cannot write into .*text.txt"):
-            build_corpus(tmp_path / "text.txt", folder)
-        with pytest.raises(DataError, match=r"cannot write into .*text.txt"):
-            encode_file(built.vocabulary, tmp_path / "text.txt", folder)
-
-
-@pytest.mark.parametrize("source", ["text.txt", "-"])
-@pytest.mark.parametrize("action", ["build_corpus(source, '.')", "encode_file(Bytes(), source, '.')"])
-def test_a_real_limit_on_file_sizes_is_a_full_disk(tmp_path, source, action):
-    (tmp_path / "text.txt").write_text("some text\n" * 20_000)
-    program = (
-        "from recurra.data.corpus import *; from recurra.data.vocabulary import Bytes; import resource, sys\n"
-        "from recurra.errors import DataError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        f"source = {source!r}\n"
-        f"try: {action}\n"
-        "except DataError as problem: print(problem)\n"
-    )
-    with open(tmp_path / "text.txt", "rb") as text:
-        done = subprocess.run([sys.executable, "-c", program], stdin=text, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("the limit on the size of a file is reached while writing into .:")
-    assert os.listdir(tmp_path) == ["text.txt"]

@@ -95,6 +95,13 @@ def test_links_in_a_folder_are_not_followed_and_may_be_named(tree, tmp_path_fact
     assert "3 symbolic links" in _refused("linked/*.txt")
 
 
+def test_a_pattern_of_one_level_does_not_look_below_it(tree):
+    (tree / "more" / "link").symlink_to("c.txt")
+    assert "symbolic" not in _refused("*.text")
+    assert "1 symbolic" in _refused("*/*.text")
+    assert "1 symbolic" in _refused("**/*.text")
+
+
 def test_pipes_and_sockets_in_a_folder_are_passed_over(tree):
     os.mkfifo(tree / "more" / "pipe")
     assert _names("more") == ["more/c.txt", "more/deep/d.txt"]
@@ -169,7 +176,13 @@ def test_text_in_chunks_is_the_text(tmp_path_factory, text, chunk):
     assert "".join(_chunks(folder, text.encode(), chunk)) == whole
 
 
-@given(data=st.binary(max_size=40), chunk=st.integers(1, 7))
+# Whole and broken characters, zero bytes and line ends, in every order.
+_BROKEN = st.lists(
+    st.sampled_from([b"a", b"\xe2", b"\x82", b"\xac", b"\xff", b"\0", b"\r", b"\xef\xbb\xbf"]), max_size=6
+)
+
+
+@given(data=_BROKEN.map(b"".join) | st.binary(max_size=40), chunk=st.integers(1, 7))
 def test_any_bytes_are_the_same_text_or_a_refusal_at_the_first_wrong_byte(tmp_path_factory, data, chunk):
     folder = tmp_path_factory.getbasetemp()
     head = data.split(b"\0")[0]
@@ -190,6 +203,12 @@ def test_a_wrong_byte_is_named_with_its_file_and_place(tmp_path):
     with pytest.raises(DataError, match=r"text is not UTF-8 text: byte 0xff at offset 5 ") as caught:
         _chunks(tmp_path, "aé€".encode()[:3] + b"ok\xff", 4)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("data", "wrong"), [(b"abcdef\0", 6), (b"ab\xe2\x82\0", 2), (b"abcde\xe2\x82", 5)])
+def test_a_zero_byte_and_half_a_character_are_found_where_they_begin(tmp_path, data, wrong):
+    with pytest.raises(DataError, match=f"offset {wrong} "):
+        _chunks(tmp_path, data, 3)
 
 
 def test_utf16_is_recognised(tmp_path):

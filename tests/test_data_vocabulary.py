@@ -68,7 +68,19 @@ def test_bytes_that_are_no_text_decode_with_replacements(data):
 
 
 # Marks, letters of several scripts, digits and white space that meet in unexpected ways.
-_MIXED = st.text("ab1٣é\u0301\u093f\u3099中ア'’-.,;:!?()[]\"$%“”<unk>_/=*# \n\t\u200d\U000e0100\x1c")
+# Few characters at a time, so that they do meet.
+_MIXED = st.sampled_from(
+    [
+        "..-! a\n",
+        "中ア\u3099\u0301 a.",
+        "31٣.,a _",
+        "<unk> .",
+        '$$()[] "a',
+        "é\u0301\u093f\u200d\U000e0100 a",
+        "'’-“”a \x1c",
+        "=*#/:;?% \t",
+    ]
+).flatmap(st.text)
 
 
 @given(text=ANY | _MIXED)
@@ -98,6 +110,7 @@ def test_a_text_decoded_as_it_comes_is_the_text_decoded_whole(text, unit):
     [
         ("It's 3.14, well-known!", ["It's", "3.14", ",", "well-known", "!"]),
         ("a.b 1,000.5 x", ["a", ".", "b", "1,000.5", "x"]),
+        ("3.x b.5 4,c", ["3", ".", "x", "b", ".", "5", "4", ",", "c"]),
         ("wait... -- no\n\n", ["wait", "...", "--", "no", "\n", "\n"]),
         ("rock <unk> roll<unk>", ["rock", "<unk>", "roll", "<unk>"]),
         ("हिन्दी में", ["हिन्दी", "में"]),
@@ -128,7 +141,7 @@ def test_usual_text_is_joined_as_it_is_written(text):
 
 
 def test_the_most_frequent_words_are_kept_and_the_rest_is_unknown():
-    text = "d d d c c c b b a\n"
+    text = "d d d c c c b b a <unk> <unk> <unk> <unk>\n"
     vocabulary = Words.learn([text, text], 4)
     assert vocabulary.words == ("<unk>", "c", "d", "b")
     assert vocabulary.encode("a b <unk> d").tolist() == [0, 3, 0, 2]
@@ -147,6 +160,12 @@ def test_counting_words_forgets_the_rare_and_keeps_the_frequent(monkeypatch):
     monkeypatch.setattr(module, "MOST_WORDS", 100)
     texts = [f"often often then{n % 3} " + " ".join(f"w{n}x{m}" for m in range(30)) for n in range(50)]
     assert set(Words.learn(texts, 5).words[:5]) == {"<unk>", "often", "then0", "then1", "then2"}
+
+
+def test_a_forgotten_word_is_counted_anew(monkeypatch):
+    monkeypatch.setattr(module, "MOST_WORDS", 20)
+    texts = ["x " + " ".join(f"w{n}" for n in range(30)), "x y y"]
+    assert Words.learn(texts, 3).words == ("<unk>", "y", "x")
 
 
 def test_an_endless_word_is_not_counted():

@@ -301,7 +301,7 @@ def scoreboard_row(path: Path) -> str:
     training = f"{result['updates']:,} updates ({result['best_update']:,}), {result['minutes']} min"
     return (
         f"| {result['data']} | {result['validation_nats_per_character']} | {result['test_nats_per_character']} "
-        f"| {result['parameters']:,} | {training}, {result['threads']} threads | {result['seed']} "
+        f"| {result['parameters']:,} | {training}, threads: {result['threads']} | {result['seed']} "
         f"| [{path.stem}](../benchmarks/results/{path.name}) |\n"
     )
 

@@ -116,6 +116,17 @@ def test_every_unit_goes_from_text_to_text(tmp_path, text, unit):
     assert "".join(language.sample(length=5, temperature=0)) is not None
 
 
+def test_words_go_on_from_the_prompt_as_they_would_in_a_text(tmp_path, text):
+    run, _ = train([str(text)], tmp_path / "words", settings(unit="word"), Silent())
+    language = Language.load(run)
+    prompt = "The quick"
+    written = "".join(language.sample(prompt, 8, seed=5))
+    tokens = language.vocabulary.encode(prompt + written)
+    assert len(tokens) == 2 + 8
+    assert language.vocabulary.decode(tokens) == prompt + written
+    assert not written.startswith("quick")
+
+
 def test_weight_drop_on_a_cell_without_recurrent_weights_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match="the cell min-gru has none"):
         train([str(text)], tmp_path / "x", settings(cell="min-gru", weight_drop=0.5), Silent())

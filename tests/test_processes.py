@@ -17,10 +17,11 @@ import torch
 from recurra.training.checkpoint import load
 
 TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells, I am sure.\n" * 60
-SMALL = [
-    *(["--hidden-size", "12", "--embedding-size", "6", "--batch-size", "4", "--window", "8", "--validation", "0.1", "--test", "0.1"]),
-    *(["--dropout", "0.2", "--zoneout", "0.1", "--threads", "1", "--evaluate-every", "50"]),
-]
+OPTIONS = """
+    --hidden-size 12 --embedding-size 6 --batch-size 4 --window 8 --validation 0.1 --test 0.1
+    --dropout 0.2 --zoneout 0.1 --threads 1 --evaluate-every 50
+"""
+SMALL = OPTIONS.split()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -101,8 +101,7 @@ class Completer:
         self._offers.clear()
         ahead = max(0, len(text) - (self._history.maxlen or 0))
         if ahead:
-            # Nobody can take these back without reading again, so they are read at once.
-            self._history.clear()
+            # These cannot be taken back without reading again, so they are read at once.
             self._moment = self._take(self._moment, text[:ahead])
         for character in text[ahead:]:
             self._history.append(self._moment)
@@ -212,9 +211,9 @@ def run(
     At a terminal (``stdin`` and ``stdout`` both) the text is shown as it is typed, with the offers below it;
     at the end it is written to ``stdout``. Ctrl-D ends with 0, Ctrl-C with 130, SIGTERM with 143.
 
-    Otherwise, for ``json``, and where TERM is "dumb", each line is a text of its own. Its offers are written one a line as
-    probability, tab, text to append, with an empty line between two texts; or as one JSON object:
-    ``{"text": ..., "offers": [{"text": ..., "probability": ...}, ...]}``.
+    Otherwise, for ``json``, and where TERM is "dumb", each line is a text of its own. Its offers are written
+    one a line as probability, tab, text to append, with an empty line between two texts; or as one JSON
+    object: ``{"text": ..., "offers": [{"text": ..., "probability": ...}, ...]}``.
 
     Raises ConfigError for a count below 1, DataError for input that is not UTF-8.
     """

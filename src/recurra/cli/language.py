@@ -16,7 +16,7 @@ from recurra.training.config import resolve, to_toml
 from recurra.training.progress import duration, for_stderr
 from recurra.training.run import Run
 
-DEMO = {"hidden_size": 256, "dropout": 0.1, "epochs": 6, "batch_size": 32, "window": 64, "learning_rate": 5e-3}
+DEMO = {"hidden_size": 256, "dropout": 0.1, "epochs": 4, "batch_size": 32, "window": 64, "learning_rate": 5e-3}
 
 
 def train_language(
@@ -62,6 +62,7 @@ def demo(folder: Path | None) -> int:
     figures = _measure(Language.load(run), run, "test", streams=16)
     say(f"\nOn text it has never seen: {figures['bits per character']:.3f} bits per character.")
     say("What it writes after 'The ':\n")
+    print("The ", end="")
     for piece in Language.load(run).sample("The ", 400, temperature=0.7, seed=1):
         print(piece, end="", flush=True)
     print()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -243,5 +244,16 @@ class Language:
             top_p=top_p,
             generator=generator,
         )
-        pieces = decode_stream(self.vocabulary, ids)
+        # A word is joined to the one before it by a space, or by none: the last of the prompt decides.
+        last = tokens[-1:] if prompt and self.vocabulary.unit == "word" else tokens[:0]
+        text = decode_stream(self.vocabulary, chain(last.tolist(), ids))
+        pieces = _without(len(self.vocabulary.decode(last)), text)
         yield from pieces if stop is None else until(pieces, stop)
+
+
+def _without(count: int, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of a text without its first ``count`` characters."""
+    for piece in pieces:
+        if piece[count:]:
+            yield piece[count:]
+        count = max(0, count - len(piece))
