@@ -1,4 +1,4 @@
-"""Corpora on disk that are damaged, and folders that cannot be written: a DataError, and nothing else."""
+"""Settings that do not fit, damaged corpora, folders that cannot be written: an error of recurra, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 
 from recurra.data import corpus, record
 from recurra.data.corpus import Corpus, build_corpus, encode_file
+from recurra.data.output import create_temporary
 from recurra.data.vocabulary import vocabulary_from_json
-from recurra.errors import DataError
+from recurra.errors import ConfigError, DataError
 
 TEXT = "One two, three; four!\r\nFünf 六 seven  eight.\n\n" * 40
 
@@ -22,6 +23,38 @@ TEXT = "One two, three; four!\r\nFünf 六 seven  eight.\n\n" * 40
 def built(tmp_path):
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     return build_corpus(tmp_path / "text.txt", tmp_path / "corpus")
+
+
+# --- what is refused before anything is written ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"unit": "chars"}, "there is no unit 'chars'"),
+        ({"unit": None}, "there is no unit None"),
+        ({"vocabulary_size": 50}, "leave it out"),
+        ({"unit": "byte", "vocabulary_size": 256}, "leave it out"),
+        ({"unit": "word", "vocabulary_size": 1}, "from 2 to 65536 for words, got 1"),
+        ({"unit": "subword", "vocabulary_size": 255}, "from 256 to 65536 for subwords, got 255"),
+        ({"unit": "subword", "vocabulary_size": 10**9}, "got 1000000000"),
+        ({"unit": "word", "vocabulary_size": 1e3}, "got 1000.0"),
+        ({"validation": -0.1}, "validation=-0.1"),
+        ({"test": 1}, "test=1"),
+        ({"validation": 0.5, "test": 0.5}, "together below 1"),
+        ({"test": float("nan")}, "test=nan"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, settings, says):
+    with pytest.raises(ConfigError, match=says):
+        build_corpus("nowhere", tmp_path / "corpus", **settings)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_wrong_name_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(DataError, match="no file or folder"):
+        build_corpus(tmp_path / "nothing", tmp_path / "corpus")
+    assert os.listdir(tmp_path) == []
 
 
 # --- damage ---
@@ -211,6 +244,24 @@ def test_ctrl_c_leaves_the_old_corpus_and_no_temporary_file(tmp_path, built, mon
     assert len(os.listdir(built.folder)) == 4
 
 
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path, built):
+    program = (
+        "from recurra.data.output import *; import os, signal, sys; from pathlib import Path\n"
+        "for name in ('train.bin', 'corpus.json', 'pipe'): create_temporary(Path('.'), name)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], cwd=built.folder)
+    assert killed.returncode == -9
+    assert len(os.listdir(built.folder)) == 7
+    busy, file = create_temporary(built.folder, "test.bin")
+    with file, open(tmp_path / "text.txt", "rb") as text:
+        program = "from recurra.data.corpus import *; build_corpus('-', '.')"
+        subprocess.run([sys.executable, "-c", program], stdin=text, check=True, cwd=built.folder)
+        left = [name for name in os.listdir(built.folder) if name.startswith(".")]
+        assert left == [busy.name]
+    assert Corpus.open(built.folder).tokens == built.tokens
+
+
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path, built):
     for folder in (tmp_path / "text.txt", tmp_path / "text.txt" / "corpus"):
         with pytest.raises(DataError, match=r"cannot write into .*text.txt"):
@@ -225,7 +276,7 @@ def test_a_real_limit_on_file_sizes_is_a_full_disk(tmp_path, source, action):
     (tmp_path / "text.txt").write_text("some text\n" * 20_000)
     program = (
         "from recurra.data.corpus import *; from recurra.data.vocabulary import Bytes; import resource, sys\n"
-        "from recurra.errors import DataError\n"
+        "from recurra.errors import ConfigError, DataError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"source = {source!r}\n"
         f"try: {action}\n"

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from recurra.data import vocabulary as module
@@ -84,6 +84,10 @@ _MIXED = st.sampled_from(
 
 
 @given(text=ANY | _MIXED)
+@example(text=". . .. ! !")
+@example(text='$ $ ( ( [ " "')
+@example(text="a \u3099中 \u3099b \u0301 \u0301")
+@example(text="3 . 5 3. 5 3 ,5 a' b")
 def test_words_read_back_from_their_own_text_are_the_same(text):
     tokens = words.split(text)
     assert words.split(words.join(tokens)) == tokens

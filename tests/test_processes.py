@@ -19,9 +19,10 @@ from recurra.training.checkpoint import load
 TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells, I am sure.\n" * 60
 OPTIONS = """
     --hidden-size 12 --embedding-size 6 --batch-size 4 --window 8 --validation 0.1 --test 0.1
-    --dropout 0.2 --zoneout 0.1 --threads 1 --evaluate-every 50
+    --threads 1 --evaluate-every 50
 """
-SMALL = OPTIONS.split()
+PLAIN = OPTIONS.split()
+SMALL = [*PLAIN, "--dropout", "0.2", "--zoneout", "0.1"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -32,11 +33,26 @@ def text(tmp_path):
     return file
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    STARTED.clear()
+
+
 def start(*arguments, **options):
     command = [sys.executable, "-m", "recurra", *map(str, arguments)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
     )
+    STARTED.append(process)
+    return process
 
 
 def finish(process):
@@ -150,7 +166,7 @@ def test_text_comes_through_standard_input(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_two_processes_train_the_model_that_one_would(tmp_path, text, accumulate):
-    arguments = [*SMALL, "--accumulate", str(accumulate), "--updates", "40", "--dropout", "0", "--zoneout", "0"]
+    arguments = [*PLAIN, "--accumulate", str(accumulate), "--updates", "40"]
     one = start("train", "language", text, "--folder", tmp_path / "one", *arguments)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = subprocess.run(

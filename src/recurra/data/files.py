@@ -11,12 +11,11 @@ import itertools
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn, TypeAlias
 
-from recurra.data.output import writing
+from recurra.data.output import create_temporary, writing
 from recurra.errors import DataError, suggest
 
 # "-" is standard input.
@@ -109,11 +108,12 @@ def rereadable(sources: Sequence[Source], folder: Path) -> Iterator[list[tuple[s
 def _rereadable(source: Source, folder: Path, stack: contextlib.ExitStack) -> Path:
     if isinstance(source, Path) and source.is_file():
         return source
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".pipe-")
-    stack.callback(os.unlink, name)
-    with open(descriptor, "wb") as copy:
-        copy.writelines(read_byte_chunks(source))
-    return Path(name)
+    path, copy = create_temporary(folder, "pipe")
+    stack.callback(path.unlink)
+    stack.enter_context(copy)
+    copy.writelines(read_byte_chunks(source))
+    copy.flush()
+    return path
 
 
 def _expand_one(name: str) -> Sequence[Source]:

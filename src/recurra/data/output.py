@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -11,6 +12,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from recurra.errors import DataError
 
@@ -36,13 +38,33 @@ def writing(folder: Path) -> Iterator[None]:
         raise DataError(f"cannot write into {folder}: {problem.strerror or problem}") from problem
 
 
+def create_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
+    """A new hidden file in the folder, named after ``name`` and open for writing.
+
+    Those that a killed process left behind under the same name are removed. A file belongs to a process for as
+    long as it is open there: it is locked, where the file system can do that.
+    """
+    for old in folder.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError), open(old, "r+b") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old.unlink()
+    while True:
+        path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+        file = io.BufferedWriter(io.FileIO(path, "x"))
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Another process may have taken it for one left behind, before it was locked.
+        if path.exists():
+            return path, file
+        file.close()
+
+
 class Output:
     """One file being written: its size and the BLAKE2b digest of its bytes so far."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.temporary = place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp")
-        self.file = io.BufferedWriter(io.FileIO(self.temporary, "x"))
+        self.temporary, self.file = create_temporary(place.parent, place.name)
         self.size = 0
         self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
 
@@ -77,7 +99,6 @@ class Outputs:
         for output in self._files:
             output.file.flush()
             os.fsync(output.file.fileno())
-            output.file.close()
         self._files[-1].place.unlink(missing_ok=True)
         for output in self._files:
             os.replace(output.temporary, output.place)
@@ -101,10 +122,13 @@ class Outputs:
 
 
 def _sync(folder: Path) -> None:
-    """Forces the list of names to the disk, where the system can do that for a folder."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Forces the list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as problem:
+        # Some network file systems cannot do this for folders at all.
+        if problem.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)

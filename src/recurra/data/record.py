@@ -60,7 +60,7 @@ def open_regular(path: Path) -> BinaryIO:
     """The file open for reading. Raises DataError where it is missing, or no regular file."""
     try:
         # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as problem:
         raise DataError(f"{path} cannot be read: {problem.strerror or problem}") from problem
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

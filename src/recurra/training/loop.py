@@ -177,9 +177,9 @@ class Trainer:
         self._record(entry)
         self.rate.add(seen * self.world.size, time.monotonic() - began)
         if finite:
-            shown = {"loss": f"{total:.3f}"} | {k: f"{v:.3f}" for k, v in self.task.figures(total).items()}
-            shown |= {"norm": f"{norm:.2f}", f"{self.task.unit}/s": f"{self.rate.value:,.0f}"}
-            self.progress.update(position.step, shown)
+            name, figure = next(iter(self.task.figures(total).items()))
+            shown = {"loss": f"{total:.3f}", name.replace(" per ", "/"): f"{figure:.3f}", "norm": f"{norm:.2f}"}
+            self.progress.update(position.step, shown | {f"{self.task.unit}/s": f"{self.rate.value:,.0f}"})
         if position.skipped_in_a_row >= self.config.skip_limit:
             self._save("last", draw=True)
             raise TrainingError(

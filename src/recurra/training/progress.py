@@ -70,15 +70,16 @@ class Bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         self.rich = RichProgress(
-            MofNCompleteColumn(),
-            BarColumn(bar_width=16),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+            BarColumn(bar_width=None),
             TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
             console=Console(stderr=True),
             refresh_per_second=4,
+            expand=True,
         )
         self.bar = self.rich.add_task("", total=None)
 
@@ -87,7 +88,7 @@ class Bar:
         self.rich.update(self.bar, total=total, completed=done)
 
     def update(self, done: int, figures: Mapping[str, str]) -> None:
-        shown = "  ".join(f"[dim]{name}[/dim] {value}" for name, value in figures.items())
+        shown = " ".join(f"[dim]{name}[/dim] {value}" for name, value in figures.items())
         self.rich.update(self.bar, completed=done, description=shown)
 
     def say(self, text: str) -> None:
