@@ -70,6 +70,12 @@ def by_recurrent(case: Case) -> tuple[Tensor, State]:
     return rnn(case.x, case.state, lengths=case.lengths, resets=case.resets, context=case.context)
 
 
+def by_hoisted(case: Case) -> tuple[Tensor, State]:
+    """The carry's part of a step in a loop, the rest for all steps at once."""
+    rnn = unroll.Recurrent(case.cell, reverse=case.reverse, backend="hoisted")
+    return rnn(case.x, case.state, lengths=case.lengths, resets=case.resets, context=case.context)
+
+
 def by_plain(case: Case) -> tuple[Tensor, State]:
     """The oracle."""
     return plain.unroll(

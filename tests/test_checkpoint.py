@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from recurra import files
 from recurra.errors import CheckpointError
-from recurra.training import checkpoint, files, tensor_file
+from recurra.training import checkpoint, tensor_file
 from recurra.training.checkpoint import load, load_into, save
 
 
@@ -620,12 +621,12 @@ def test_a_save_between_the_two_reads_of_a_load_gives_one_checkpoint_or_the_othe
     save(tmp_path, ("last",), _small(1.0), {"step": 1})
     real, times = files.open_regular, 0
 
-    def slow(path):
+    def slow(path, *error):
         nonlocal times
         if path.suffix == ".safetensors" and times < 3:
             times += 1
             save(tmp_path, ("last",), _small(1.0 + times), {"step": 1 + times})
-        return real(path)
+        return real(path, *error)
 
     monkeypatch.setattr(files, "open_regular", slow)
     found = load(tmp_path)

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from recurra import files
 from recurra.errors import CheckpointError
-from recurra.training import checkpoint, files, tensor_file
+from recurra.training import checkpoint, tensor_file
 from recurra.training.checkpoint import load, save
 
 # A server that has imported torch once forks the children, each without threads and within milliseconds.
@@ -322,7 +323,7 @@ def _saver_without_sync_of_files(folder: Path, *arguments: Any) -> None:
 
 def _saver_without_sync_of_folders(folder: Path, *arguments: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_sync", lambda folder: None)
+        patch.setattr(files, "sync_folder", lambda folder: None)
         save(folder, *arguments)
 
 
@@ -334,7 +335,7 @@ def _saver_that_syncs_too_early(folder: Path, *arguments: Any) -> None:
             yield handle
             os.fsync(handle.fileno())  # the last bytes are still in the buffer
         os.replace(temporary, path)
-        files._sync(path.parent)
+        files.sync_folder(path.parent)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "replacing", hasty)

@@ -250,6 +250,17 @@ def test_explain_says_what_runs_and_why(backend):
     assert Bidirectional(LSTM(3, 4), LSTM(3, 4), backend=backend).explain() == explanation
 
 
+def test_the_hoisted_path_is_taken_where_it_is_asked_for_and_says_so():
+    for rnn in (Recurrent(LSTM(3, 4), backend="hoisted"), Bidirectional(LSTM(3, 4), LSTM(3, 4), backend="hoisted")):
+        assert (rnn.explain().asked, rnn.explain().ran) == ("hoisted", "hoisted")
+        assert "step by step" in str(rnn.explain())
+
+
+def test_the_compiled_path_is_refused_and_nothing_runs_in_its_place():
+    with pytest.raises(BackendError, match=r"'compiled' is not part of this version.*use backend='hoisted' or 'loop'"):
+        Recurrent(LSTM(3, 4), backend="compiled")
+
+
 def test_a_backend_that_does_not_exist_is_refused_with_the_nearest_name():
     with pytest.raises(BackendError, match="there is no backend 'lop': did you mean 'loop'"):
         Recurrent(LSTM(3, 4), backend="lop")

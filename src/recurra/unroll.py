@@ -6,8 +6,8 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,38 @@ BACKENDS = ("auto", "loop", "hoisted", "compiled")
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which path a Recurrent takes, and why."""
+    """Which path a Recurrent takes, and why. ``schedule`` is what that path runs once, in batches, step by step."""
 
     asked: str
     ran: str
     why: str
+    schedule: str = ""
 
     def __str__(self) -> str:
-        return f"backend={self.asked!r} runs {self.ran!r}: {self.why}"
+        line = f"backend={self.asked!r} runs {self.ran!r}: {self.why}"
+        return f"{line}\n{self.schedule}" if self.schedule else line
+
+
+class FasterPath(Protocol):
+    """What runs a cell over time in place of the loop. ``given`` is the context before the cell drew from it."""
+
+    def __call__(
+        self,
+        cell: Cell,
+        x: Tensor,
+        state: State,
+        context: Any,
+        *,
+        given: Any,
+        fresh: State,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, State]: ...
+
+    def explain(self) -> str:
+        """What runs when."""
+        ...
 
 
 def loop(
@@ -84,9 +108,10 @@ def _as_carried(new: Tensor, old: Tensor) -> Tensor:
 class Recurrent(nn.Module):
     """A cell over time.
 
-    ``backend``: ``"loop"`` is the reference, one step after another. ``"hoisted"`` and ``"compiled"`` are the
-    names of the faster paths; this version has none and refuses them. ``"auto"`` takes the fastest path there
-    is, today the loop. ``explain()`` says which, and why.
+    ``backend``: ``"loop"`` is the reference, one step after another. ``"hoisted"`` traces the step and runs only
+    what depends on the step before step by step, the rest for all steps at once; what draws random numbers in a
+    step then draws others from the same seed, and hooks see a step only when it is traced. ``"compiled"`` is not
+    here yet and is refused. ``"auto"`` is the loop today. ``explain()`` says which, and why.
 
     ``reverse=True`` steps from each row's last valid step to its first; y stays in the order of x.
 
@@ -102,7 +127,7 @@ class Recurrent(nn.Module):
         self.cell = cell
         self.reverse = reverse
         self.backend = backend
-        self._explanation = choose_backend(backend)
+        self._explanation, self._path = choose_backend(backend)
 
     def forward(
         self,
@@ -127,14 +152,19 @@ class Recurrent(nn.Module):
         state = fresh if state is None else _check_state(state, fresh)
         lengths = None if lengths is None else _check_lengths(lengths, T, B, x.device)
         resets = None if resets is None else _check_resets(resets, T, B, x.device)
-        context = self.cell.draw_context(B, context)
+        drawn = self.cell.draw_context(B, context)
         if T == 0:
             return x.new_zeros(0, B, output_size(self.cell)), state
-        return loop(self.cell, x, state, context, lengths=lengths, resets=resets, fresh=fresh, reverse=self.reverse)
+        options: dict[str, Any] = {"lengths": lengths, "resets": resets, "fresh": fresh, "reverse": self.reverse}
+        if self._path is not None:
+            return self._path(self.cell, x, state, drawn, given=context, **options)
+        return loop(self.cell, x, state, drawn, **options)
 
     def explain(self) -> Explanation:
         """Which path runs this cell, and why."""
-        return self._explanation
+        if self._path is None:
+            return self._explanation
+        return replace(self._explanation, schedule=self._path.explain())
 
     def extra_repr(self) -> str:
         return f"reverse={self.reverse}, backend={self.backend!r}"
@@ -238,17 +268,26 @@ def truncated(
         state = detach(state)
 
 
-def choose_backend(asked: str) -> Explanation:
-    """The one door to the faster paths: which of them answers to ``asked``. Raises BackendError if none."""
+def choose_backend(asked: str) -> tuple[Explanation, FasterPath | None]:
+    """The one door to the faster paths: which of them answers to ``asked``, and that path, None for the loop.
+
+    Raises BackendError if there is none.
+    """
     if asked not in BACKENDS:
         raise BackendError(f"there is no backend {asked!r}: {suggest(asked, BACKENDS)}")
     if asked == "loop":
-        return Explanation(asked, "loop", "the reference loop was asked for")
+        return Explanation(asked, "loop", "the reference loop was asked for"), None
     if asked == "auto":
-        return Explanation(asked, "loop", "this version has no faster path than the reference loop")
+        why = "nothing faster answers to every cell alike; backend='hoisted' is the faster path to ask for"
+        return Explanation(asked, "loop", why), None
+    if asked == "hoisted":
+        from recurra.compiler import Hoisted
+
+        why = "only what depends on the step before runs step by step; second derivatives go through the loop"
+        return Explanation(asked, "hoisted", why), Hoisted(loop)
     raise BackendError(
-        f"backend={asked!r} is not part of this version, which runs every cell in the reference loop: "
-        "use backend='loop', or 'auto' to take a faster path as soon as there is one"
+        f"backend={asked!r} is not part of this version, which runs cells in the reference loop or hoisted: "
+        "use backend='hoisted' or 'loop', or 'auto' to leave the choice to recurra"
     )
 
 

@@ -8,6 +8,8 @@ import sys
 
 def main() -> None:
     """The ``recurra`` command. Exits 0 when done, 1 when failed, 2 for wrong usage, 130 when interrupted."""
+    # PyTorch's threads wait for one another in a loop; on a core that is needed elsewhere, for seconds (lab notes).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(run(sys.argv[1:]))
 
 

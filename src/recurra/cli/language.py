@@ -140,12 +140,9 @@ def _measure(language: Any, run: Run, split: str, streams: int) -> dict[str, Any
     corpus = Corpus.open(run.path / "corpus")
     nats, count = score(language.model, corpus.split(split), streams)
     shown = figures(nats / count, corpus.tokens[split] / corpus.characters[split])
-    return {
-        "text": f"{split} part of the run's text",
-        "tokens predicted": count,
-        "nats per token": nats / count,
-        **shown,
-    }
+    shown |= _unknown(language, corpus.split(split))
+    text = f"{split} part of the run's text"
+    return {"text": text, "tokens predicted": count, "nats per token": nats / count, **shown}
 
 
 def _measure_text(language: Any, text: Sequence[str], streams: int) -> dict[str, Any]:
@@ -157,8 +154,13 @@ def _measure_text(language: Any, text: Sequence[str], streams: int) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         encoded = encode_file(language.vocabulary, text, Path(scratch))
         nats, count = score(language.model, encoded.tokens, streams)
-        shown = figures(nats / count, len(encoded.tokens) / encoded.characters)
+        shown = figures(nats / count, len(encoded.tokens) / encoded.characters) | _unknown(language, encoded.tokens)
     return {"text": " ".join(text), "tokens predicted": count, "nats per token": nats / count, **shown}
+
+
+def _unknown(language: Any, tokens: Any) -> dict[str, float]:
+    """How much of a text the figures say little about, as its words are not in the vocabulary."""
+    return {"share of unknown words": float((tokens == 0).mean())} if language.vocabulary.unit == "word" else {}
 
 
 def _report(run: Run, position: Any, json: bool) -> None:

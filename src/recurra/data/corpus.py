@@ -15,8 +15,8 @@ import numpy as np
 
 from recurra.data.blocks import Block, Text, measure
 from recurra.data.files import CHUNK, Source, expand, name_of, rereadable
-from recurra.data.output import DIGEST_BYTES, Outputs, writing
-from recurra.data.record import damaged, open_regular, seal, unseal
+from recurra.data.output import Outputs, writing
+from recurra.data.record import damaged, seal, unseal, unusable
 from recurra.data.vocabulary import (
     UNITS,
     Bytes,
@@ -27,6 +27,7 @@ from recurra.data.vocabulary import (
     vocabulary_from_json,
 )
 from recurra.errors import ConfigError, DataError, suggest
+from recurra.files import DIGEST_BYTES, open_regular, reason
 
 SPLITS = ("train", "validation", "test")
 RECORD = "corpus.json"
@@ -290,7 +291,7 @@ def _verify(path: Path, tokens: int, digest: str, vocabulary: Vocabulary) -> Non
     stored = _stored(vocabulary)
     seen = hashlib.blake2b(digest_size=DIGEST_BYTES)
     largest = 0
-    with open_regular(path) as file:
+    with open_regular(path, unusable) as file:
         size = os.fstat(file.fileno()).st_size
         if size != tokens * stored.itemsize:
             raise damaged(path, f"it has {size} bytes, expected {tokens * stored.itemsize}")
@@ -300,7 +301,7 @@ def _verify(path: Path, tokens: int, digest: str, vocabulary: Vocabulary) -> Non
                 if len(chunk) % stored.itemsize == 0:
                     largest = max(largest, int(np.frombuffer(chunk, stored).max()))
         except OSError as problem:
-            raise damaged(path, f"it cannot be read: {problem.strerror or problem}") from problem
+            raise damaged(path, f"it cannot be read: {reason(problem)}") from problem
     if seen.hexdigest() != digest:
         raise damaged(path, "it does not fit its digest")
     if largest >= len(vocabulary):

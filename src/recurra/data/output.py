@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from recurra.errors import DataError
-
-DIGEST_BYTES = 32
-
-_NO_ROOM = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the limit on the size of a file is reached",
-}
+from recurra.files import DIGEST_BYTES, no_room, reason, sync_folder, temporaries, temporary_for
 
 
 @contextlib.contextmanager
@@ -31,11 +22,11 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        if problem.errno in _NO_ROOM:
+        if no_room(problem):
             raise DataError(
-                f"{_NO_ROOM[problem.errno]} while writing into {folder}: free space there, or name another folder"
+                f"{reason(problem)} while writing into {folder}: free space there, or name another folder"
             ) from problem
-        raise DataError(f"cannot write into {folder}: {problem.strerror or problem}") from problem
+        raise DataError(f"cannot write into {folder}: {reason(problem)}") from problem
 
 
 def create_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
@@ -44,12 +35,12 @@ def create_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
     Those that a killed process left behind under the same name are removed. A file belongs to a process for as
     long as it is open there: it is locked, where the file system can do that.
     """
-    for old in folder.glob(f".{name}.*.tmp"):
+    for old in (path for path, of in temporaries(folder).items() if of == name):
         with contextlib.suppress(OSError), open(old, "r+b") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             old.unlink()
     while True:
-        path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+        path = temporary_for(folder / name)
         file = io.BufferedWriter(io.FileIO(path, "x"))
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -102,7 +93,7 @@ class Outputs:
         self._files[-1].place.unlink(missing_ok=True)
         for output in self._files:
             os.replace(output.temporary, output.place)
-        _sync(self.folder)
+        sync_folder(self.folder, DataError)
 
     def __enter__(self) -> Outputs:
         return self
@@ -119,16 +110,3 @@ class Outputs:
         if isinstance(problem, OSError):
             with writing(self.folder):
                 raise problem
-
-
-def _sync(folder: Path) -> None:
-    """Forces the list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as problem:
-        # Some network file systems cannot do this for folders at all.
-        if problem.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from recurra import cells
 from recurra.cell import Cell, State, select_rows
 from recurra.data.corpus import Corpus
-from recurra.data.streams import Streams
+from recurra.data.streams import Streams, cover
 from recurra.data.vocabulary import Vocabulary, vocabulary_from_json
 from recurra.decoding import decode_stream, generate, until
 from recurra.errors import CheckpointError, ConfigError, ShapeError
+from recurra.files import parse_json, read_bytes
 from recurra.tasks.language_config import LanguageConfig, ModelConfig
 from recurra.training.checkpoint import load, load_into
-from recurra.training.files import parse_json, read_bytes
 from recurra.training.run import Run
 from recurra.unroll import Recurrent
 
@@ -162,22 +162,18 @@ def score(model: LanguageModel, tokens: np.ndarray, streams: int = 16, window: i
 
     The text is cut into ``streams`` pieces that are read side by side, each from a fresh state; 1 reads it whole.
     """
-    streams = max(1, min(streams, (len(tokens) - 1) // 2))
-    cut = Streams(tokens, streams, window)
     model.eval()
     nats, count, state = 0.0, 0, None
     with torch.no_grad():
-        for k in range(len(cut)):
-            inputs, targets = cut.window(k)
-            logits, state = model(inputs, state)
-            nats += F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="sum").item()
-            count += targets.numel()
-        rest = torch.from_numpy(np.asarray(tokens[count:], dtype=np.int64))[:, None]
-        if len(rest) > 1:
-            # What does not divide among the pieces goes on where the last of them ended.
-            logits, _ = model(rest[:-1], select_rows(state, torch.tensor([streams - 1])))
-            nats += F.cross_entropy(logits[:, 0].double(), rest[1:, 0], reduction="sum").item()
-            count += len(rest) - 1
+        for cut in cover(tokens, streams, window):
+            if state is not None:
+                # What does not divide among the pieces goes on where the last of them ended.
+                state = select_rows(state, torch.tensor([-1]))
+            for k in range(len(cut)):
+                inputs, targets = cut.window(k)
+                logits, state = model(inputs, state)
+                nats += F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="sum").item()
+                count += targets.numel()
     return nats, count
 
 

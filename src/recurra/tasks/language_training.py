@@ -12,11 +12,11 @@ import torch
 
 from recurra.data.corpus import Corpus, build_corpus
 from recurra.errors import CheckpointError
+from recurra.files import write_atomically
 from recurra.tasks.language import LanguageTask
 from recurra.tasks.language_config import LanguageConfig
 from recurra.training.checkpoint import load
 from recurra.training.distributed import World, world
-from recurra.training.files import write_atomically
 from recurra.training.loop import Position, Trainer
 from recurra.training.progress import Progress, Silent
 from recurra.training.run import Run

@@ -25,8 +25,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recurra import files
 from recurra.errors import CheckpointError
-from recurra.training import files, tensor_file
+from recurra.training import tensor_file
 
 _FORMAT, _VERSION = "recurra-checkpoint", 1
 _COMMIT_BYTES, _COMMIT_VALUES = 8 * 2**20, 2**16
@@ -131,7 +132,7 @@ def _tensors_path(folder: Path, record: dict[str, Any]) -> Path:
 def _record(plain: dict[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the commit file will hold, found fit to be read again before anything is written."""
     table = tensor_file.describe(plain)
-    digest = tensor_file.digest(json.dumps(table).encode())
+    digest = files.digest(json.dumps(table).encode())
     try:
         kept = _encode(dict(facts), "facts")
     except RecursionError as problem:
@@ -185,7 +186,7 @@ def _encode(value: Any, where: str) -> Any:
 
 def _text(record: dict[str, Any]) -> bytes:
     """The commit file, byte for byte: the record and its digest."""
-    digest = tensor_file.digest(json.dumps(record, allow_nan=False).encode())
+    digest = files.digest(json.dumps(record, allow_nan=False).encode())
     return json.dumps(record | {"digest": digest}, allow_nan=False).encode() + b"\n"
 
 

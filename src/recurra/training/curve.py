@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-from recurra.training.files import write_atomically
+from recurra.files import write_atomically
 from recurra.training.run import Run
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from recurra import __version__
 from recurra.errors import CheckpointError, ConfigError
+from recurra.files import read_json, write_atomically
 from recurra.training.config import C, read_complete, to_toml
-from recurra.training.files import read_json, write_atomically
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ The format: https://huggingface.co/docs/safetensors, "Format".
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from recurra.errors import CheckpointError
+from recurra.files import digest
 
 DTYPES = {
     "F64": torch.float64,
@@ -106,11 +106,6 @@ def read(file: BufferedReader, where: str, table: Table) -> dict[str, Tensor]:
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor that is `plain`, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def digest(data: bytes | memoryview) -> str:
-    """BLAKE2b of 32 bytes, in hexadecimal: finds damage, proves no origin."""
-    return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run files: replaced whole or not at all, and read with suspicion."""
+"""Files: replaced whole or not at all, and read with suspicion."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurra.errors import CheckpointError
-from recurra.training import files
-from recurra.training.files import (
+from recurra import files
+from recurra.errors import CheckpointError, DataError
+from recurra.files import (
     inside,
     make_folder,
     open_regular,
@@ -24,6 +24,7 @@ from recurra.training.files import (
     read_bytes,
     read_json,
     replacing,
+    sync_folder,
     temporaries,
     write_atomically,
 )
@@ -216,6 +217,27 @@ def test_only_regular_files_are_read(tmp_path):
             read_bytes(path, 1000)
 
 
+@pytest.mark.parametrize(
+    ("refused", "says"),
+    [
+        (lambda folder, error: open_regular(folder / "none", error), "none cannot be read: No such file"),
+        (lambda folder, error: open_regular(folder, error), "no regular file"),
+        (lambda folder, error: read_bytes(folder, 5, error), "no regular file"),
+        (lambda folder, error: read_bytes(folder / "six", 5, error), "has 6 bytes, more than the 5"),
+        (lambda folder, error: sync_folder(folder / "none", error), "forced to the disk: No such file"),
+        (lambda folder, error: parse_json(b"[", "x", error=error), "x is not valid JSON"),
+        (lambda folder, error: parse_json(b"[]", "x", error=error), "must hold a JSON object"),
+        (lambda folder, error: parse_json(b'{"a": []}', "x", 1, error), "more than the 1 values"),
+        (lambda folder, error: parse_json(b'{"a":' * 65 + b"1" + b"}" * 65, "x", error=error), "nested deeper"),
+        (lambda folder, error: parse_json(b"[" * 100_000, "x", error=error), "nested deeper"),
+    ],
+)
+def test_what_is_refused_is_told_by_the_error_of_the_caller(tmp_path, refused, says):
+    (tmp_path / "six").write_bytes(b"sixsix")
+    with pytest.raises(DataError, match=f"{says}.*; read on$"):
+        refused(tmp_path, lambda why: DataError(f"{why}; read on"))
+
+
 def test_a_file_above_the_limit_is_not_read(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"x" * 100)
@@ -308,5 +330,5 @@ def test_the_largest_json_allowed_takes_at_most_twice_its_size_and_64_mib(item):
 
 
 def test_run_files_do_not_need_torch():
-    code = "import sys, recurra.training.files; sys.exit('torch' in sys.modules)"
+    code = "import sys, recurra.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

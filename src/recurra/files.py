@@ -1,25 +1,31 @@
-"""Run files that are whole or not there: replaced in one step, and read with suspicion.
+"""Files that are whole or not there: replaced in one step, and read with suspicion.
 
 A new version of a file is written under a temporary name beside it, forced to the disk, and then renamed over
 the old one. Whoever looks, at any moment and after any crash, finds the old file or the new one.
+
+Functions that take `error` raise what it makes of a message; the others raise CheckpointError.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from recurra.errors import CheckpointError
+from recurra.errors import CheckpointError, RecurraError
 
+Error = Callable[[str], RecurraError]
+
+DIGEST_BYTES = 32
 JSON_BYTES = 64 * 2**20
 JSON_VALUES = 2**18
 JSON_DEPTH = 64
@@ -44,7 +50,7 @@ def replacing(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
 
     Raises CheckpointError where the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_for(path)
     try:
         with open(temporary, "xb") as handle:
             yield handle
@@ -57,7 +63,7 @@ def replacing(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
         if isinstance(problem, OSError):
             raise _unwritable(path, size, problem) from problem
         raise
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -73,9 +79,30 @@ def make_folder(folder: Path) -> None:
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise CheckpointError(f"the folder {folder} cannot be made: {_reason(problem)}") from problem
+        raise CheckpointError(f"the folder {folder} cannot be made: {reason(problem)}") from problem
     for place in missing:
-        _sync(place.parent)
+        sync_folder(place.parent)
+
+
+def sync_folder(folder: Path, error: Error = CheckpointError) -> None:
+    """Force the folder's list of names to the disk, so that a rename survives a power cut."""
+    if os.name == "nt":  # no such call there
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as problem:
+        # Some network file systems cannot do this for folders at all; there is nothing better to ask of them.
+        if problem.errno != errno.EINVAL:
+            raise error(f"{folder} cannot be forced to the disk: {reason(problem)}") from problem
+
+
+def temporary_for(path: Path) -> Path:
+    """A new name beside `path`, hidden, for the next version of it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def temporaries(folder: Path) -> dict[Path, str]:
@@ -101,30 +128,30 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """The file open for reading. Raises CheckpointError if it is missing, or a folder, pipe or device."""
+def open_regular(path: Path, error: Error = CheckpointError) -> BufferedReader:
+    """The file open for reading. Raises `error` if it is missing, or a folder, pipe or device."""
     try:
         descriptor = os.open(path, os.O_RDONLY | _AT_ONCE)
     except OSError as problem:
-        raise CheckpointError(f"{path} cannot be read: {_reason(problem)}") from problem
+        raise error(f"{path} cannot be read: {reason(problem)}") from problem
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"{path} cannot be read: it is no regular file")
+        raise error(f"{path} cannot be read: it is no regular file")
     return open(descriptor, "rb")
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """All of a file of at most `limit` bytes. Raises CheckpointError if it is larger or cannot be read."""
-    with open_regular(path) as handle:
+def read_bytes(path: Path, limit: int, error: Error = CheckpointError) -> bytes:
+    """All of a file of at most `limit` bytes. Raises `error` if it is larger or cannot be read."""
+    with open_regular(path, error) as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > limit:
-            raise CheckpointError(f"{path} has {size} bytes, more than the {limit} that it may have")
+            raise error(f"{path} has {size} bytes, more than the {limit} that it may have")
         try:
             raw = handle.read(size + 1)
         except OSError as problem:
-            raise CheckpointError(f"{path} cannot be read: {_reason(problem)}") from problem
+            raise error(f"{path} cannot be read: {reason(problem)}") from problem
     if len(raw) != size:
-        raise CheckpointError(f"{path} changed from {size} to {len(raw)} bytes while it was read: try again")
+        raise error(f"{path} changed from {size} to {len(raw)} bytes while it was read: try again")
     return raw
 
 
@@ -133,15 +160,15 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     return parse_json(read_bytes(path, limit), str(path))
 
 
-def parse_json(raw: bytes, where: str, values: int = JSON_VALUES) -> dict[str, Any]:
+def parse_json(raw: bytes, where: str, values: int = JSON_VALUES, error: Error = CheckpointError) -> dict[str, Any]:
     """The object that `raw` (UTF-8) holds; `where` is what error messages call it.
 
-    Refused with a CheckpointError: anything but one JSON object, a key given twice, a number that is not
+    Refused with an `error`: anything but one JSON object, a key given twice, a number that is not
     finite, more than so many values, and more than 64 levels of lists and objects.
     """
     # Counted before parsing: an empty list of 3 bytes takes 64 in memory. Commas in strings count, too.
     if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > values:
-        raise CheckpointError(f"{where} holds more than the {values} values that a JSON file may have here")
+        raise error(f"{where} holds more than the {values} values that a JSON file may have here")
     try:
         value = json.loads(
             raw.decode(),
@@ -150,17 +177,32 @@ def parse_json(raw: bytes, where: str, values: int = JSON_VALUES) -> dict[str, A
             parse_float=_finite,
         )
     except RecursionError as problem:
-        raise CheckpointError(_too_deep(where)) from problem
+        raise error(_too_deep(where)) from problem
     except ValueError as problem:
-        raise CheckpointError(f"{where} is not valid JSON: {problem}") from problem
+        raise error(f"{where} is not valid JSON: {problem}") from problem
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} must hold a JSON object, but holds a {type(value).__name__}")
+        raise error(f"{where} must hold a JSON object, but holds a {type(value).__name__}")
     level: list[Any] = [value]
     for _ in range(JSON_DEPTH):
         level = [child for node in level for child in _children(node)]
         if not level:
             return value
-    raise CheckpointError(_too_deep(where))
+    raise error(_too_deep(where))
+
+
+def digest(data: bytes | memoryview) -> str:
+    """BLAKE2b of 32 bytes, in hexadecimal: finds damage, proves no origin."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
+
+
+def no_room(problem: OSError) -> bool:
+    """Whether a disk, a quota or a limit is full."""
+    return problem.errno in _NO_ROOM
+
+
+def reason(problem: OSError) -> str:
+    """What went wrong, for the end or the beginning of a sentence."""
+    return _NO_ROOM.get(problem.errno or 0) or problem.strerror or str(problem)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,29 +231,9 @@ def _too_deep(where: str) -> str:
     return f"{where} is nested deeper than the {JSON_DEPTH} levels that a JSON file may have here"
 
 
-def _sync(folder: Path) -> None:
-    """Force the folder's list of names to the disk, so that a rename survives a power cut."""
-    if os.name == "nt":  # no such call there
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as problem:
-        # Some network file systems cannot do this for folders at all; there is nothing better to ask of them.
-        if problem.errno != errno.EINVAL:
-            raise CheckpointError(f"{folder} cannot be forced to the disk: {_reason(problem)}") from problem
-
-
 def _unwritable(path: Path, size: int | None, problem: OSError) -> CheckpointError:
     kept = "nothing was lost, what was there before is as it was"
-    if problem.errno in _NO_ROOM:
+    if no_room(problem):
         needs = "more room" if size is None else f"{size} bytes"
-        return CheckpointError(f"{_NO_ROOM[problem.errno]}: {path} needs {needs}; {kept}; free space and resume")
-    return CheckpointError(f"{path} cannot be written: {_reason(problem)}; {kept}")
-
-
-def _reason(problem: OSError) -> str:
-    return problem.strerror or str(problem)
+        return CheckpointError(f"{reason(problem)}: {path} needs {needs}; {kept}; free space and resume")
+    return CheckpointError(f"{path} cannot be written: {reason(problem)}; {kept}")

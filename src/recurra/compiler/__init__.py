@@ -1,0 +1,5 @@
+"""From one step of a cell to a fast sequence: trace it, find its carries, schedule what need not be in the loop."""
+
+from recurra.compiler.door import Hoisted
+
+__all__ = ["Hoisted"]

@@ -1,0 +1,55 @@
+"""Where in the user's code a node of a graph, or an error, comes from."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class Lines(TorchFunctionMode):
+    """While this is entered, each node that is traced is noted with the line of the user's code that made it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and _is_torch(frame.f_code.co_filename):
+            frame = frame.f_back
+        line = "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        with fx.traceback.annotate({"line": line}):
+            return function(*args, **(kwargs or {}))
+
+
+def line_of(node: fx.Node) -> str:
+    """``file:line`` of a node, or nothing where it is not known, as for most of the backward step."""
+    return str((node.meta.get("custom") or {}).get("line", ""))
+
+
+def name_of(node: fx.Node) -> str:
+    """The operation of a node as a user knows it: ``addmm``, ``sigmoid``."""
+    target = node.target
+    return str(target._schema.name).removeprefix("aten::") if isinstance(target, OpOverload) else node.name
+
+
+def at_line(node: fx.Node) -> str:
+    """A node as part of a message: what it is, and where it was written."""
+    line = line_of(node)
+    return f"{name_of(node)} at {line}" if line else name_of(node)
+
+
+def where_raised(error: Exception) -> str:
+    """``file:line (code)`` of the last frame of an error that is not PyTorch's own."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_torch(frame.filename)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else "no line"
+
+
+def _is_torch(file: str) -> bool:
+    return file.startswith((_TORCH, "<")) or file == __file__

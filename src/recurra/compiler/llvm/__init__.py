@@ -1,0 +1,1 @@
+"""The backend for CPUs: programs of the loop IR as native code, through LLVM."""

@@ -1,0 +1,212 @@
+"""Passes over programs of the loop IR. Each gives an equal program; the verifier runs after each.
+
+Legend: T time, B batch, I input, H hidden, O output, D any feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from recurra.compiler.interpret import FUNCTIONS
+from recurra.compiler.ir import POINTWISE, REDUCTIONS, Kind, Node, Op, Program, reachable, renumber
+from recurra.compiler.verify import verify
+
+
+def optimise(program: Program) -> Program:
+    """The program with nothing in it twice or for nothing, and its slices as early as they can be."""
+    verify(program)
+    while True:
+        before = program
+        for apply in (simplify, share, drop_dead, sink_slices):
+            program = verify(apply(program))
+        if program == before:
+            return program
+
+
+class _Rewriter:
+    """A new program, written from the nodes of an old one in order."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.nodes: list[Node] = []
+        self.places: dict[int, int] = {}
+
+    def add(self, node: Node) -> int:
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def run(self, rewrite: Callable[[Node], int]) -> Program:
+        for place, node in enumerate(self.program.nodes):
+            self.places[place] = rewrite(renumber(node, self.places))
+        return replace(
+            self.program,
+            nodes=tuple(self.nodes),
+            outputs=tuple(self.places[place] for place in self.program.outputs),
+            new=tuple(self.places[place] for place in self.program.new),
+        )
+
+
+def drop_dead(program: Program) -> Program:
+    """Without the nodes that no output and no new carry needs. What is declared stays declared."""
+    kept = list(reachable(program))
+    places = {old: new for new, old in enumerate(kept)}
+    return replace(
+        program,
+        nodes=tuple(renumber(program.nodes[place], places) for place in kept),
+        outputs=tuple(places[place] for place in program.outputs),
+        new=tuple(places[place] for place in program.new),
+    )
+
+
+def share(program: Program) -> Program:
+    """Without common subexpressions. An output that equals another one keeps a node of its own."""
+    rewriter = _Rewriter(program)
+    known: dict[object, int] = {}
+
+    def rewrite(node: Node) -> int:
+        # 0.0 == -0.0, and NaN is not even itself.
+        key = (replace(node, number=0.0), np.float64(node.number).tobytes())
+        if key not in known:
+            known[key] = rewriter.add(node)
+        return known[key]
+
+    shared = rewriter.run(rewrite)
+    if len(set(shared.outputs)) == len(shared.outputs):
+        return shared
+    outputs, nodes = [], list(shared.nodes)
+    for place in shared.outputs:
+        if place in outputs:
+            nodes.append(Node(Op.SLICE, (place,), nodes[place].width))
+            place = len(nodes) - 1
+        outputs.append(place)
+    return replace(shared, nodes=tuple(nodes), outputs=tuple(outputs))
+
+
+def simplify(program: Program) -> Program:
+    """Constants folded; what is the same for all features calculated once; slices of slices and the like undone."""
+    rewriter = _Rewriter(program)
+    nodes = rewriter.nodes
+    outputs = set(program.outputs)
+    place = -1
+
+    def rewrite(node: Node) -> int:
+        nonlocal place
+        place += 1
+        args = [nodes[arg] for arg in node.args]
+        if node.op is Op.SLICE:
+            # An output that is a whole value again stands apart from it; share() made it so.
+            if node.width == args[0].width:
+                return rewriter.add(node) if place in outputs else node.args[0]
+            return _slice(rewriter, node.args[0], node.start, node.width)
+        if node.op is Op.BROADCAST and (node.width == 1 or args[0].op is Op.BROADCAST):
+            inner = node.args[0] if node.width == 1 else args[0].args[0]
+            return inner if node.width == 1 else rewriter.add(replace(node, args=(inner,)))
+        if node.op is Op.CONCAT and len(args) == 1:
+            return node.args[0]
+        if node.op in REDUCTIONS and args[0].width == 1:
+            return node.args[0]
+        if node.op in POINTWISE:
+            return _pointwise(rewriter, node, args)
+        return rewriter.add(node)
+
+    return rewriter.run(rewrite)
+
+
+def _slice(rewriter: _Rewriter, place: int, start: int, width: int) -> int:
+    """``width`` features of a value, reaching through what only moves features."""
+    source = rewriter.nodes[place]
+    if (start, width) == (0, source.width):
+        return place
+    if source.op is Op.SLICE:
+        return _slice(rewriter, source.args[0], source.start + start, width)
+    if source.op is Op.BROADCAST:
+        return rewriter.add(replace(source, width=width)) if width > 1 else source.args[0]
+    if source.op is Op.CONCAT:
+        parts, at = [], 0
+        for part in source.args:
+            size = rewriter.nodes[part].width
+            low, high = max(start - at, 0), min(start + width - at, size)
+            if low < high:
+                parts.append(_slice(rewriter, part, low, high - low))
+            at += size
+        return parts[0] if len(parts) == 1 else rewriter.add(Node(Op.CONCAT, tuple(parts), width, source.kind))
+    return rewriter.add(Node(Op.SLICE, (place,), width, source.kind, start=start))
+
+
+def _pointwise(rewriter: _Rewriter, node: Node, args: list[Node]) -> int:
+    if node.width > 1 and all(arg.op is Op.BROADCAST for arg in args):
+        inner = rewriter.add(replace(node, args=tuple(arg.args[0] for arg in args), width=1))
+        return rewriter.add(Node(Op.BROADCAST, (inner,), node.width, node.kind))
+    if node.kind is Kind.FLOAT and node.op is not Op.WHERE and all(arg.op is Op.CONST for arg in args):
+        numbers = [np.float64(arg.number) for arg in args]
+        with np.errstate(all="ignore"):
+            folded = np.power(numbers[0], node.number) if node.op is Op.POW else FUNCTIONS[node.op](*numbers)
+        return rewriter.add(Node(Op.CONST, (), 1, number=float(folded)))
+    if node.op is Op.NEG and args[0].op is Op.NEG:
+        return args[0].args[0]
+    if node.op in (Op.MUL, Op.DIV) and _is_one(rewriter, node.args[1]):
+        return node.args[0]
+    if node.op is Op.MUL and _is_one(rewriter, node.args[0]):
+        return node.args[1]
+    return rewriter.add(node)
+
+
+def _is_one(rewriter: _Rewriter, place: int) -> bool:
+    node = rewriter.nodes[place]
+    if node.op is Op.BROADCAST:
+        node = rewriter.nodes[node.args[0]]
+    return node.op is Op.CONST and node.number == 1.0
+
+
+def sink_slices(program: Program) -> Program:
+    """Slices moved before what is calculated, where nothing needs the whole.
+
+    The product of a state with the gates' matrix, (B, 4 H), becomes four products with a quarter of its
+    columns, and the gates of one hidden unit can be calculated side by side.
+    """
+    users = program.uses()
+    ends = {*program.outputs, *program.new}
+    cut = {
+        place
+        for place, node in enumerate(program.nodes)
+        if (node.op in POINTWISE or node.op is Op.MATMUL)
+        and place not in ends
+        and users[place]
+        and all(program.nodes[user].op is Op.SLICE for user in users[place])
+        and sum(program.nodes[user].width for user in users[place]) <= node.width
+    }
+    rewriter = _Rewriter(program)
+
+    def rewrite(node: Node) -> int:
+        if node.op is not Op.SLICE or node.args[0] not in cut_now:
+            return rewriter.add(node)
+        whole = rewriter.nodes[node.args[0]]
+        if whole.op is Op.MATMUL:
+            return rewriter.add(replace(whole, width=node.width, start=whole.start + node.start))
+        args = tuple(_slice(rewriter, arg, node.start, node.width) for arg in whole.args)
+        args = tuple(_widened(rewriter, arg, node.width) for arg in args)
+        return rewriter.add(replace(whole, args=args, width=node.width))
+
+    # Places move while nodes are added; the cut ones are followed as they are written.
+    cut_now: set[int] = set()
+    place = -1
+
+    def follow(node: Node) -> int:
+        nonlocal place
+        place += 1
+        written = rewrite(node)
+        if place in cut:
+            cut_now.add(written)
+        return written
+
+    return rewriter.run(follow)
+
+
+def _widened(rewriter: _Rewriter, place: int, width: int) -> int:
+    node = rewriter.nodes[place]
+    if node.width == width:
+        return place
+    return rewriter.add(Node(Op.BROADCAST, (place,), width, node.kind))

@@ -1,0 +1,304 @@
+"""The stages of a schedule as functions, and the values that go from one to the next.
+
+A value has one of three forms. ONCE: as in one step. ROWS: all steps, T * B rows where one step has B. TOTAL: the
+sum over all steps, in the shape of one step.
+
+Legend: T time, B batch, I input, H hidden, O output, D any feature.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from recurra.compiler.lines import at_line
+from recurra.compiler.rows import VIEWS, Rows
+from recurra.compiler.schedule import BATCHED, LOOP, ONCE, Stage
+from recurra.compiler.trace import Step
+from recurra.errors import BackendError
+
+ROWS, TOTAL = "rows", "total"
+
+_aten = torch.ops.aten
+# The same operations by a shorter way through Python, which is what a loop of small steps waits for.
+_SHORT: dict[Any, Callable[..., Any]] = {
+    _aten.mm.default: torch.mm,
+    _aten.bmm.default: torch.bmm,
+    _aten.addmm.default: torch.addmm,
+    _aten.add.Tensor: torch.add,
+    _aten.sub.Tensor: torch.sub,
+    _aten.mul.Tensor: torch.mul,
+    _aten.div.Tensor: torch.div,
+    _aten.neg.default: torch.neg,
+    _aten.exp.default: torch.exp,
+    _aten.tanh.default: torch.tanh,
+    _aten.sigmoid.default: torch.sigmoid,
+    _aten.relu.default: torch.relu,
+    _aten.maximum.default: torch.maximum,
+    _aten.cat.default: torch.cat,
+    _aten.where.self: torch.where,
+} | dict.fromkeys(VIEWS, torch.reshape)
+
+
+# Those of them that can write their result where they are told.
+_INTO = frozenset(
+    {torch.mm, torch.addmm, torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.exp, torch.tanh, torch.sigmoid}
+    | {torch.maximum, torch.cat, _aten.tanh_backward.grad_input, _aten.sigmoid_backward.grad_input}
+)
+_BACKWARD: dict[Any, Any] = {
+    _aten.tanh_backward.default: _aten.tanh_backward.grad_input,
+    _aten.sigmoid_backward.default: _aten.sigmoid_backward.grad_input,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The sizes of one call."""
+
+    T: int
+    B: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A stage as a function of the batch size and ``inputs``, returning the values of ``outputs``.
+
+    A loop's inputs are, in this order: its carries, then ``slices`` that differ from step to step, then a place for
+    each of ``placed``, then the rest. Its outputs are the new values of its carries, then what others need of it;
+    those in ``placed`` it has written where it was told.
+    """
+
+    stage: Stage[fx.Node]
+    function: Callable[..., Any]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    slices: tuple[fx.Node, ...]
+    placed: tuple[fx.Node, ...]
+    forms: dict[fx.Node, str]
+
+
+class Values:
+    """The values that exist between stages, by node, each in its form."""
+
+    def __init__(self, run: Run, rows: Mapping[fx.Node, Rows | None]) -> None:
+        self.run, self.rows = run, rows
+        self._values: dict[fx.Node, tuple[str, Tensor]] = {}
+
+    def put(self, node: fx.Node, form: str, value: Tensor) -> None:
+        self._values[node] = form, value
+
+    def get(self, node: fx.Node) -> Tensor:
+        """The value as it is."""
+        return self._values[node][1]
+
+    def drop(self, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            self._values.pop(node, None)
+
+    def batched(self, node: fx.Node) -> Tensor:
+        """The value for T * B rows; what has no rows stays as it is."""
+        form, value = self._values[node]
+        rows = self.rows[node]
+        if form != ONCE or rows is None:
+            return value
+        parts = value.unflatten(rows.axis, (rows.apart, 1, value.shape[rows.axis] // rows.apart))
+        shape = [*parts.shape]
+        shape[rows.axis + 1] = self.run.T
+        spread: Tensor = parts.expand(shape)
+        return spread.flatten(rows.axis, rows.axis + 2)
+
+    def steps(self, node: fx.Node) -> Sequence[Tensor]:
+        """The value of each step."""
+        rows, parts = self._by_step(node)
+        if rows.apart == 1:
+            return parts.squeeze(rows.axis).unbind(rows.axis)
+        return [step.flatten(rows.axis, rows.axis + 1) for step in parts.unbind(rows.axis + 1)]
+
+    def total(self, node: fx.Node) -> Tensor:
+        """The sum over all steps; what does not differ between them stays as it is."""
+        form, value = self._values[node]
+        if form != ROWS:
+            return value
+        rows, parts = self._by_step(node)
+        total: Tensor = parts.sum(rows.axis + 1).flatten(rows.axis, rows.axis + 1)
+        return total
+
+    def place(self, node: fx.Node) -> Sequence[Tensor]:
+        """Memory for the values of all steps, put already, as a place for each step."""
+        like = node.meta["val"]
+        size = self.run.B * self._rows(node).factor
+        memory = torch.empty((self.run.T * size, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        self.put(node, ROWS, memory)
+        steps: Tensor = memory.unflatten(0, (self.run.T, size))
+        return steps.unbind(0)
+
+    def join(self, nodes: Sequence[fx.Node], columns: Sequence[list[Tensor]]) -> None:
+        """Put the values of all steps, one after the other."""
+        for node, column in zip(nodes, columns, strict=True):
+            rows = self._rows(node)
+            if rows.apart > 1:
+                parts = [v.unflatten(rows.axis, (rows.apart, v.shape[rows.axis] // rows.apart)) for v in column]
+                value = torch.cat(parts, rows.axis + 1).flatten(rows.axis, rows.axis + 1)
+            else:
+                value = torch.cat(column, rows.axis)
+            self.put(node, ROWS, value)
+
+    def _rows(self, node: fx.Node) -> Rows:
+        rows = self.rows[node]
+        assert rows is not None
+        return rows
+
+    def _by_step(self, node: fx.Node) -> tuple[Rows, Tensor]:
+        """The value with three axes in place of the batch: what lies apart, the steps, the rows."""
+        rows, value = self._rows(node), self._values[node][1]
+        sizes = (rows.apart, self.run.T, value.shape[rows.axis] // self.run.T // rows.apart)
+        return rows, value.unflatten(rows.axis, sizes)
+
+
+def build(
+    step: Step,
+    stages: Sequence[Stage[fx.Node]],
+    rows: Mapping[fx.Node, Rows | None],
+    carries: Sequence[tuple[fx.Node, fx.Node]],
+    forms: dict[fx.Node, str],
+    wanted: Sequence[fx.Node],
+) -> list[Compiled]:
+    """Each stage as a function. ``forms`` has the form of every input of the graph, and gets that of every value.
+
+    ``wanted`` are the nodes whose values are needed after the last stage.
+    """
+    for stage in stages:
+        for node in stage.nodes:
+            many = stage.kind == LOOP or (stage.kind == BATCHED and rows.get(node) is not None)
+            forms[node] = ONCE if stage.kind == ONCE else ROWS if many else TOTAL
+            meets = stage.kind == LOOP and rows.get(node) is None and isinstance(node.meta["val"], Tensor)
+            if stage.kind in (LOOP, BATCHED):
+                sums = [operand for operand in node.all_input_nodes if forms.get(operand) == TOTAL]
+                meets = meets or any(isinstance(operand.meta["val"], Tensor) for operand in sums)
+            if meets:
+                raise BackendError(f"the rows of a batch meet in {at_line(node)}, step by step: use backend='loop'")
+        for k in stage.carries:
+            forms[carries[k][0]] = ROWS
+    writers = [_Writer(step, stage, rows, carries, forms) for stage in stages]
+    needed = set(wanted)
+    compiled = []
+    for writer in reversed(writers):
+        compiled.append(writer.finish(needed))
+        needed |= set(compiled[-1].inputs)
+    return compiled[::-1]
+
+
+class _Writer:
+    """Writes the function of one stage."""
+
+    def __init__(
+        self,
+        step: Step,
+        stage: Stage[fx.Node],
+        rows: Mapping[fx.Node, Rows | None],
+        carries: Sequence[tuple[fx.Node, fx.Node]],
+        forms: Mapping[fx.Node, str],
+    ) -> None:
+        self.step, self.stage, self.rows, self.forms = step, stage, rows, forms
+        self.carries = [carries[k] for k in stage.carries]
+        self.graph = fx.Graph()
+        self.mine = set(stage.nodes)
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.places: dict[fx.Node, fx.Node] = {}
+        pairs = ((node, self._product_in(node)) for node in stage.nodes)
+        self.fused = {node: product for node, product in pairs if product is not None}
+
+    def finish(self, needed: set[fx.Node]) -> Compiled:
+        """``needed``: the nodes that later stages, or the caller, take from this one or from before it."""
+        old = [node for node, _ in self.carries]
+        self.batch = self.graph.placeholder("batch")
+        for node in old:
+            self.copies[node] = self.graph.placeholder(node.name)
+        outside: list[fx.Node] = []
+        for node in [*self.stage.nodes, *(new for _, new in self.carries)]:
+            self._collect(node, outside)
+        slices = [node for node in outside if self.stage.kind == LOOP and self.forms[node] == ROWS]
+        rest = [node for node in outside if node not in slices]
+        outputs = [
+            node
+            for node in (*self.stage.nodes, *old)
+            if node in needed and (node in old or isinstance(node.meta["val"], Tensor))
+        ]
+        placed = [node for node in outputs if self.stage.kind == LOOP and self._can_be_placed(node)]
+        for node in slices:
+            self.copies[node] = self.graph.placeholder(node.name)
+        self.places = {node: self.graph.placeholder(f"place_of_{node.name}") for node in placed}
+        for node in rest:
+            self.copies[node] = self.graph.placeholder(node.name)
+        new = [self._copy(node) for _, node in self.carries]
+        for node in self.stage.nodes:
+            if node not in self.fused.values():
+                self._copy(node)
+        self.graph.output(tuple(new) + tuple(self.copies[node] for node in outputs))
+        module = fx.GraphModule(nn.Module(), self.graph)
+        return Compiled(
+            stage=self.stage,
+            function=module.forward,
+            inputs=(*old, *slices, *rest),
+            outputs=(*(new for _, new in self.carries), *outputs),
+            slices=tuple(slices),
+            placed=tuple(placed),
+            forms={node: self.forms[node] for node in outputs},
+        )
+
+    def _collect(self, node: fx.Node, outside: list[fx.Node]) -> None:
+        """Note the values from outside that a node needs."""
+        if node in self.mine:
+            for operand in node.all_input_nodes:
+                if operand not in self.mine:
+                    self._collect(operand, outside)
+        elif node in self.step.sizes or node in self.copies:
+            pass
+        elif node not in outside:
+            outside.append(node)
+
+    def _product_in(self, node: fx.Node) -> fx.Node | None:
+        """The matrix product in a sum, where the two can be had as one operation."""
+        if node.target is not _aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
+            return None
+        for operand in node.all_input_nodes:
+            alone = operand in self.mine and len(operand.users) == 1
+            shapes = {(n.meta["val"].shape, n.meta["val"].dtype) for n in (node, *node.all_input_nodes)}
+            factors = operand.all_input_nodes
+            if operand.target is _aten.mm.default and alone and len(shapes) == 1 and len(factors) == 2:
+                return operand
+        return None
+
+    def _can_be_placed(self, node: fx.Node) -> bool:
+        rows = self.rows[node]
+        named: Any = node.target
+        target = _BACKWARD.get(named, _SHORT.get(named))
+        return rows is not None and rows.axis == 0 and rows.apart == 1 and target in _INTO
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if node in self.copies:
+            return self.copies[node]
+        if node in self.step.sizes:
+            copy = self.batch if node is self.step.batch else self.graph.call_function(
+                operator.mul, (self.batch, node.args[1])
+            )  # fmt: skip
+        else:
+            product = self.fused.get(node)
+            if product is None:
+                copy = self.graph.node_copy(node, self._copy)
+            else:
+                factors = [self._copy(factor) for factor in product.all_input_nodes]
+                (rest,) = (operand for operand in node.all_input_nodes if operand is not product)
+                copy = self.graph.call_function(_aten.addmm.default, (self._copy(rest), *factors))
+            target: Any = copy.target
+            copy.target = _SHORT.get(target, target)
+            if node in self.places:
+                copy.target = _BACKWARD.get(target, copy.target)
+                copy.kwargs = {**copy.kwargs, "grad_input" if target in _BACKWARD else "out": self.places[node]}
+        self.copies[node] = copy
+        return copy

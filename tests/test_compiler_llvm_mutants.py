@@ -1,0 +1,115 @@
+"""A generator of native code that is wrong on purpose is told apart. No mutant leaves the memory of its arrays."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loop_programs import random_operands
+from native import agree, kernel_of, program_of
+from recurra.compiler.llvm import code as code_module
+from recurra.compiler.llvm import emit as emit_module
+from recurra.compiler.llvm import kernel as kernel_module
+from recurra.compiler.llvm.kernel import Kernel
+from recurra.compiler.llvm.target import host
+
+
+def swap_products(program, sweep, group, lanes, matrices, panel):
+    order = (*group.products[1:], group.products[0])
+    PACK(program, sweep, replace(group, products=order), lanes, matrices, panel)
+
+
+def shift_lanes(program, sweep, group, lanes, matrices, panel):
+    PACK(program, sweep, group, lanes, matrices, panel)
+    panel[...] = np.roll(panel, 1)
+
+
+def forget_transpose(program, sweep, group, lanes, matrices, panel):
+    turned = [np.ascontiguousarray(each.T).reshape(each.shape) for each in matrices]
+    PACK(program, sweep, group, lanes, turned, panel)
+
+
+def forget_the_tail(program, sweep, group, lanes, matrices, panel):
+    cut = [each.copy() for each in matrices]
+    for each in cut:
+        each[-1] = 0
+    PACK(program, sweep, group, lanes, cut, panel)
+
+
+PACK = kernel_module.pack
+
+
+@pytest.mark.parametrize("wrong", [swap_products, shift_lanes, forget_transpose, forget_the_tail])
+def test_a_panel_packed_wrong_is_told_apart(wrong, monkeypatch):
+    monkeypatch.setattr(kernel_module, "pack", wrong)
+    killed(kernel_of("lstm", 33, np.float64))
+
+
+@pytest.mark.parametrize("tail", [1, -1])
+def test_a_tail_of_the_wrong_length_is_told_apart(tail, monkeypatch):
+    right = code_module.Floats.tail
+    monkeypatch.setattr(code_module.Floats, "tail", lambda floats, count: right(floats, count + tail))
+    killed(Kernel(program_of("layer_norm_lstm", 33), np.float64))
+
+
+def test_a_reset_that_is_skipped_is_told_apart(monkeypatch):
+    right = emit_module._Run._restore
+    monkeypatch.setattr(
+        emit_module._Run, "_restore", lambda run, name, row: None if name == "fresh" else right(run, name, row)
+    )
+    killed(Kernel(program_of("lstm", 7), np.float64))
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("icmp slt i64", "icmp sle i64"), ("icmp slt i64", "icmp sgt i64")])
+def test_a_length_that_is_off_by_one_is_told_apart(right, wrong, monkeypatch):
+    killed(mutant("lstm", 7, right, wrong, monkeypatch))
+
+
+def test_rows_that_no_tile_takes_are_told_apart(monkeypatch):
+    killed(mutant("lstm", 7, r"(%\"higher[.\d]*\" = )urem i64 [^\n]*", r"\1add i64 0, 0", monkeypatch))
+
+
+FLOATS = [
+    ("fadd", "fsub"),
+    ("fsub", "fadd"),
+    ("fmul <", "fadd <"),
+    ("fdiv", "fmul"),
+    ("fneg <8 x double> %", "fadd <8 x double> zeroinitializer, %"),
+    ("fcmp olt", "fcmp ogt"),
+]
+
+
+@pytest.mark.parametrize("name", ["layer_norm_lstm", "exponential_gates"])
+@pytest.mark.parametrize(("right", "wrong"), FLOATS)
+def test_every_wrong_float_instruction_is_told_apart(name, right, wrong, monkeypatch):
+    if host().vector_bytes != 64:
+        pytest.skip("the instructions are those of 512-bit vectors")
+    assembly = kernel_of(name, 7, np.float64).assembly
+    places = [found.start() for found in re.finditer(re.escape(right), assembly)]
+    # Some of each kind: a clamp that never binds here is covered by the tests of the functions.
+    for place in places[:: max(1, len(places) // 3)]:
+        if "recurra." in assembly[:place].rpartition("\ndefine")[2].partition("(")[0]:
+            continue
+        changed = assembly[:place] + wrong + assembly[place + len(right) :]
+        monkeypatch.setattr(kernel_module, "emit", lambda *_, changed=changed: (changed, layout_of(name)))
+        killed(Kernel(program_of(name, 7), np.float64))
+
+
+def layout_of(name: str):
+    return kernel_of(name, 7, np.float64).layout
+
+
+def mutant(name: str, H: int, right: str, wrong: str, monkeypatch) -> Kernel:
+    genuine = kernel_of(name, H, np.float64)
+    changed, count = re.subn(right, wrong, genuine.assembly)
+    assert count, f"there is no {right}"
+    monkeypatch.setattr(kernel_module, "emit", lambda *_: (changed, genuine.layout))
+    return Kernel(genuine.program, np.float64)
+
+
+def killed(kernel: Kernel) -> None:
+    with pytest.raises(AssertionError):
+        agree(kernel, random_operands(kernel.program, 13, 11, lengths=True, resets=True))
