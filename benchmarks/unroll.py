@@ -1,10 +1,11 @@
-"""One training step of a recurrent layer: recurra's reference loop beside torch.nn, in turn, in one process.
+"""One training step of a recurrent layer: recurra's paths beside torch.nn, in turn, in one process.
 
-    python benchmarks/unroll.py [--repeat 7]
+    python benchmarks/unroll.py [--repeat 7] [--save figures.json]
 
-For each point the numbers are compared first: outputs, final state and every gradient of recurra.nn's layer with
-torch.nn's. Where they disagree no speed is printed. Times are medians, forward and backward, in milliseconds;
-the ratio is torch.nn's time over recurra's, so that above 1 is faster than torch.nn.
+For each point the numbers are compared first, in float64: outputs, final state and every gradient of recurra.nn's
+layer with torch.nn's, and of the hoisted loop with the reference loop. Where they disagree no speed is printed.
+Times are medians, forward and backward, in milliseconds; the ratio is torch.nn's time over that of the faster of
+recurra's two loops, so that above 1 is faster than torch.nn.
 
 Legend: T time, B batch, I input, H hidden.
 """
@@ -42,21 +43,27 @@ def training_step(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]
     return run
 
 
-def check(kind: str, T: int, B: int, I: int, H: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The two layers, after showing in float64 that they compute the same. Raises AssertionError where not."""
+def results(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs, final state and every gradient."""
+    y, state = layer(x)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    return [y, *(state if isinstance(state, tuple) else (state,)), *gradients]
+
+
+def make(kind: str, T: int, B: int, I: int, H: int) -> dict[str, torch.nn.Module]:
+    """The layers to time, after showing that they compute the same. Raises AssertionError where they do not."""
     torch.manual_seed(T + B + I + H)
+    x = torch.randn(min(T, 16), min(B, 4), I, dtype=torch.float64, requires_grad=True)
     theirs = getattr(torch.nn, kind)(I, H, dtype=torch.float64)
     ours = getattr(recurra.nn, kind)(I, H, dtype=torch.float64)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(min(T, 16), min(B, 4), I, dtype=torch.float64, requires_grad=True)
-    results = []
-    for layer in (ours, theirs):
-        y, state = layer(x)
-        gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
-        results.append([y, *(state if isinstance(state, tuple) else (state,)), *gradients])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    return ours.float(), theirs.float()
+    loop = Recurrent(CELLS[kind](I, H).double(), backend="loop")
+    hoisted = Recurrent(loop.cell, backend="hoisted")
+    for one, other in ((ours, theirs), (hoisted, loop)):
+        for a, b in zip(results(one, x), results(other, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    layers = {"torch.nn": theirs, "recurra.nn": ours, "loop": loop, "hoisted": hoisted}
+    return {name: layer.float() for name, layer in layers.items()}
 
 
 def main() -> None:
@@ -66,15 +73,10 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     print(f"threads: {torch.get_num_threads()}; ms, medians of {arguments.repeat}; ratio above 1: faster than torch.nn")
-    print(f"{'':26} {'torch.nn':>10} {'recurra.nn':>10} {'Recurrent':>10} {'ratio':>7}")
+    print(f"{'':26} {'torch.nn':>10} {'recurra.nn':>10} {'loop':>10} {'hoisted':>10} {'ratio':>7}")
     for kind, T, B, I, H in GRID:
-        ours, theirs = check(kind, T, B, I, H)
         x = torch.randn(T, B, I)
-        steps = {
-            "torch.nn": training_step(theirs, x),
-            "recurra.nn": training_step(ours, x),
-            "Recurrent": training_step(Recurrent(CELLS[kind](I, H)), x),
-        }
+        steps = {name: training_step(layer, x) for name, layer in make(kind, T, B, I, H).items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(arguments.repeat + 1):
             for name, step in steps.items():
@@ -83,7 +85,7 @@ def main() -> None:
                 if turn:
                     times[name].append(1e3 * (time.perf_counter() - began))
         median = {name: statistics.median(values) for name, values in times.items()}
-        ratio = median["torch.nn"] / median["Recurrent"]
+        ratio = median["torch.nn"] / min(median["loop"], median["hoisted"])
         point = f"{kind:<5} T{T} B{B} I{I} H{H}"
         print(f"{point:26} " + " ".join(f"{ms:10.2f}" for ms in median.values()) + f" {ratio:7.2f}")
         rows.append({"point": point, "milliseconds": median, "ratio": ratio})
