@@ -108,7 +108,7 @@ def test_a_damaged_tensor_is_named_with_its_file_and_the_way_out(tmp_path):
         load(tmp_path)
     message = str(caught.value)
     assert f"{path} is damaged: tensor 'weight'" in message
-    assert message.endswith("resume from the other checkpoint: best")
+    assert message.endswith("the checkpoint best is whole: use it, or copy best.json to last.json to resume from it")
     (tmp_path / "best.json").unlink()
     with pytest.raises(CheckpointError, match=r"no other checkpoint in .* is whole"):
         load(tmp_path)
@@ -122,7 +122,9 @@ def test_another_checkpoint_is_advised_only_if_it_loads(tmp_path):
     with pytest.raises(CheckpointError, match="no other checkpoint"):
         load(tmp_path / "nowhere")
     save(tmp_path, ("last",), small(2.0), {"step": 2})
-    with pytest.raises(CheckpointError, match=r"bset\.json cannot be read.*other checkpoint: last$"):
+    with pytest.raises(
+        CheckpointError, match=r"bset\.json cannot be read.*last is whole.*copy last\.json to bset\.json"
+    ):
         load(tmp_path, "bset")
 
 

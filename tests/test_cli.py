@@ -89,11 +89,18 @@ def test_evaluate_sample_info_and_env_answer_people_and_programs(trained, capsys
         ("trian language fish.txt", 2, 'Did you mean "train"'),
         ("train language fish.txt --hiden-size 8", 2, "did you mean '--hidden-size'"),
         ("train language fish.txt --hidden-size many", 2, "many"),
-        ("train language fish.txt --hidden-size 0", 2, "expected hidden_size to be a whole number, at least 1, got 0"),
+        (
+            "train language fish.txt --hidden-size 0",
+            2,
+            "a whole number, at least 1, at most 65536, got 0",
+        ),
         ("train language fish.txt --cell lstn", 2, "lstn"),
         ("train language fish.txt --config absent.toml", 2, "absent.toml"),
         ("train language", 2, "TEXT"),
         ("train language absent.txt", 1, "absent.txt"),
+        ("train language fish.txt --seed 99999999999999999999", 2, "expected seed to be"),
+        ("train language fish.txt --folder fish.txt", 2, "fish.txt is a file"),
+        ("train language fish.txt --hidden-size 99999999999", 2, "at most 65536"),
         ("train language fish.txt --batch-size 100000", 1, "a batch size of 2267 or less"),
         ("sample nowhere", 1, "there is no run in nowhere"),
         ("resume fish.txt", 1, "there is no run in fish.txt"),
@@ -182,3 +189,53 @@ def test_complete_answers_a_pipe_line_by_line(trained, capsys, monkeypatch):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["text"] for line in lines] == ["One fi", "two "]
     assert all(line["offers"] for line in lines)
+
+
+def test_a_text_of_one_line_can_be_gone_on_with_without_a_prompt(home, capsys):
+    (home / "line.txt").write_text("no end of the line " * 100)
+    assert recurra(f"train language line.txt {SMALL}".split()) == 0
+    assert recurra(["sample", "runs/line", "--length", "5", "--seed", "1"]) == 0
+    assert len(capsys.readouterr().out) == 6
+
+
+def test_training_that_never_gives_a_finite_loss_has_failed(home, capsys):
+    wild = "--learning-rate 1e20 --weight-decay 1 --warmup 0 --skip-limit 100"
+    assert recurra(f"train language fish.txt {SMALL} {wild}".split()) == 1
+    assert "no evaluation in 4 updates gave a finite loss" in capsys.readouterr().err
+
+
+def test_resume_does_not_start_over_where_the_last_checkpoint_is_gone(trained, capsys):
+    metrics = (trained / "metrics.jsonl").read_text()
+    (trained / "checkpoints" / "last.json").unlink()
+    assert recurra(["resume", str(trained)]) == 1
+    assert "copy best.json to last.json" in capsys.readouterr().err
+    assert (trained / "metrics.jsonl").read_text() == metrics
+    (trained / "checkpoints" / "last.json").write_bytes((trained / "checkpoints" / "best.json").read_bytes())
+    assert recurra(["resume", str(trained)]) == 0
+
+
+def test_resume_notices_a_vocabulary_that_is_not_the_runs_own(trained, capsys):
+    file = trained / "vocabulary.json"
+    file.write_text(file.read_text().replace("f", "F", 1) + " ")
+    assert recurra(["resume", str(trained)]) == 1
+    assert "vocabulary" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--count=0", "--count=100000"])
+def test_as_many_offers_as_nobody_reads_are_refused(trained, capsys, option):
+    assert recurra(["complete", str(trained), option]) == 2
+    assert "--count from 1 to 100" in capsys.readouterr().err
+
+
+def test_a_prompt_that_cannot_be_read_prints_nothing(trained, capsys):
+    assert recurra(["sample", str(trained), "--prompt", "日本"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupt_is_said_and_ends_with_130(trained, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recurra.cli.language.evaluate", interrupt)
+    assert recurra(["evaluate", str(trained)]) == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -252,7 +252,7 @@ def _values(each: Setting) -> str:
     words = {int: "whole", float: "number", bool: "true, false", str: "text"}[each.kind]
     for limit, what in (("low", "from"), ("above", "above"), ("high", "to"), ("below", "below")):
         if each.limits[limit] is not None:
-            words += f" {what} {each.limits[limit]:g}"
+            words += f" {what} {each.limits[limit]}"
     return f"{words}, or none" if each.optional else words
 
 

@@ -35,7 +35,7 @@ def test_defaults_are_overruled_by_toml_then_environment_then_flags(tmp_path):
         ("[model]\nhiden_size = 3", "did you mean 'hidden_size'?"),
         ("[modle]\nhidden_size = 3", "did you mean 'model'?"),
         ("model = 3", "expected a section [model]"),
-        ("[model]\nhidden_size = 0", "a whole number, at least 1, got 0"),
+        ("[model]\nhidden_size = 0", "a whole number, at least 1, at most 65536, got 0"),
         ("[model]\nhidden_size = 2.5", "got 2.5"),
         ("[model]\nhidden_size = true", "got True"),
         ("[model]\ncell = 'lstn'", "one of lstm, gru"),
@@ -83,7 +83,7 @@ def strategy(setting):
     elif setting.kind is bool:
         values = st.booleans()
     elif setting.kind is int:
-        values = st.integers(min_value=int(limits["low"] or 0), max_value=2**40)
+        values = st.integers(min_value=int(limits["low"] or 0), max_value=limits["high"] or 2**40)
     else:
         low = max(limits["low"] or 0.0, math.nextafter(limits["above"] or 0.0, 1))
         values = st.floats(low, limits["high"] or math.nextafter(limits["below"] or 1e9, 0))

@@ -315,7 +315,7 @@ def test_a_folder_in_use_is_not_trained_twice_nor_overwritten(tmp_path):
         Run.open(tmp_path / "run").locked(),
     ):
         pass
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="is a run: go on with it by"):
         Run.create(tmp_path / "run", "toy")
     with pytest.raises(CheckpointError, match="does not exist"):
         Run.open(tmp_path / "nowhere")

@@ -222,8 +222,8 @@ def test_what_does_not_fit_is_refused_with_what_was_expected_and_what_came(argum
         (lambda h: h[:, :2], "a step must keep the shape of its state: (2, 4) went in, (2, 2) came out"),
         (lambda h: h.sum(0), "(2, 4) went in, (4,) came out"),
         (lambda h: (h, h), "two states differ in structure: ((2, 4), (2, 4)) and (2, 4)"),
-        (lambda h: [h], "two states differ in structure: list and (2, 4)"),
-        (lambda h: None, "two states differ in structure: NoneType and (2, 4)"),
+        (lambda h: [h], "a state is a tensor or a tuple of states, got list"),
+        (lambda h: None, "a state is a tensor or a tuple of states, got NoneType"),
     ],
 )
 def test_a_step_that_changes_the_form_of_its_state_is_refused(returns, message):
@@ -351,3 +351,50 @@ def test_resets_begin_afresh_from_a_learned_first_state_with_its_gradient():
     assert not case.cell.first.grad.any()
     y[:, 1].sum().backward()
     assert case.cell.first.grad.any()
+
+
+class Faulty(Cell):
+    """A cell whose step is given."""
+
+    output_size = 2
+
+    def __init__(self, step, begin=torch.zeros):
+        super().__init__()
+        self.faulty, self.begin = step, begin
+
+    def initial_state(self, batch_size):
+        return self.begin(batch_size, 2)
+
+    def step(self, state, x, context=None):
+        return self.faulty(state, x)
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [
+        (lambda h, x: None, "must return the pair (new state, y), got NoneType"),
+        (lambda h, x: h + x, "must return the pair (new state, y), got Tensor"),
+        (lambda h, x: (h, h, h), "must return the pair (new state, y), got 3 values"),
+        (lambda h, x: (h, h[:1]), "must return y (B, O), here (3, 2), got (1, 2)"),
+        (lambda h, x: (h, h.sum()), "must return y (B, O), here (3, 2), got ()"),
+        (lambda h, x: (h, 1.0), "must return y (B, O), here (3, 2), got float"),
+        (lambda h, x: (h, x[:, :1]), "has output_size=2, but its step returned y (3, 1)"),
+        (lambda h, x: (h.add_(x), h), "changed its state in place"),
+    ],
+)
+def test_a_mistake_in_a_step_is_named(step, complaint):
+    with pytest.raises(ShapeError) as caught:
+        Recurrent(Faulty(step))(torch.ones(4, 3, 2))
+    assert complaint in str(caught.value)
+
+
+def test_a_state_of_whole_numbers_is_not_cut_down_in_silence():
+    cell = Faulty(lambda h, x: (h + 0.5, x), lambda *sizes: torch.zeros(*sizes, dtype=torch.int64))
+    with pytest.raises(ShapeError, match=r"returned torch.float32 for a state that began as torch.int64"):
+        Recurrent(cell)(torch.ones(4, 3, 2))
+
+
+@pytest.mark.parametrize("begin", [lambda B, H: torch.zeros(H, B), lambda B, H: torch.zeros(()), lambda B, H: None])
+def test_an_initial_state_without_a_row_for_each_of_the_batch_is_refused(begin):
+    with pytest.raises(ShapeError, match=r"rows, got|a state is a tensor"):
+        Recurrent(Faulty(lambda h, x: (h, x), begin))(torch.ones(4, 3, 2))

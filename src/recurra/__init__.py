@@ -24,7 +24,8 @@ _homes = {
 }
 _rooms = ("cells", "nn", "data", "tasks", "training", "decoding")
 
-__all__ = [*_homes, *_rooms]
+# Rooms are not in it: after `import *`, nn should still be torch's.
+__all__ = [*_homes]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,8 +33,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_homes[name]), name)
     if name in _rooms:
         return importlib.import_module(f"recurra.{name}")
-    raise AttributeError(f"module 'recurra' has no attribute {name!r}: known are {', '.join(__all__)}")
+    raise AttributeError(f"module 'recurra' has no attribute {name!r}: known are {', '.join(__dir__())}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*_homes, *_rooms, "__version__"]

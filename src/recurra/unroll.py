@@ -84,10 +84,16 @@ def loop(
         x = torch.where(active[:, :, None], x, filler)
         resets = None if resets is None else resets & active
     ys: list[Tensor] = [x] * T
+    checked = False
     for t in reversed(range(T)) if reverse else range(T):
         if resets is not None:
             state = where_rows(resets[t], fresh, state)
-        new, y = cell(state, x[t], context)
+        before = None if checked else _versions(state)
+        result = cell(state, x[t], context)
+        if before is not None:
+            _check_step(cell, state, before, result)
+            checked = True
+        new, y = result
         new = map_state(_as_carried, new, state)
         if active is not None:
             new = where_rows(active[t], new, state)
@@ -96,11 +102,42 @@ def loop(
     return torch.stack(ys), state
 
 
+def _versions(state: State) -> list[int | None]:
+    # Tensors of inference mode do not count their changes.
+    return [None if leaf.is_inference() else leaf._version for leaf in leaves(state)]
+
+
+def _check_step(cell: Cell, state: State, versions: list[int | None], result: Any) -> None:
+    """What the first step returned, looked at once, so that a mistake is named and not carried on."""
+    name = type(cell).__name__
+    if not isinstance(result, tuple) or len(result) != 2:
+        what = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+        raise ShapeError(f"the step of {name} must return the pair (new state, y), got {what}")
+    new, y = result
+    if versions != _versions(state):
+        raise ShapeError(
+            f"the step of {name} changed its state in place, and with it what earlier steps returned: "
+            "compute a new tensor (h = h + x, not h += x)"
+        )
+    leaves(new)
+    rows = leaves(state)[0].shape[0] if leaves(state) else None
+    size = getattr(cell, "output_size", None)
+    if not isinstance(y, Tensor) or y.dim() < 2 or y.shape[0] != (y.shape[0] if rows is None else rows):
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ShapeError(f"the step of {name} must return y (B, O), here ({rows}, {size or 'O'}), got {got}")
+    if size is not None and y.shape[-1] != size:
+        raise ShapeError(f"{name} has output_size={size}, but its step returned y {tuple(y.shape)}")
+
+
 def _as_carried(new: Tensor, old: Tensor) -> Tensor:
     """What a step returned, held to the shape and, under autocast, to the precision of what came in."""
     if new.shape != old.shape:
         raise ShapeError(
             f"a step must keep the shape of its state: {tuple(old.shape)} went in, {tuple(new.shape)} came out"
+        )
+    if new.is_floating_point() and not old.is_floating_point():
+        raise ShapeError(
+            f"a step returned {new.dtype} for a state that began as {old.dtype}: begin with a state of {new.dtype}"
         )
     return new.to(old.dtype)
 
@@ -149,6 +186,9 @@ class Recurrent(nn.Module):
         """
         T, B = self._check_x(x)
         fresh = self.cell.initial_state(B)
+        if any(leaf.dim() == 0 or leaf.shape[0] != B for leaf in leaves(fresh)):
+            name = type(self.cell).__name__
+            raise ShapeError(f"{name}.initial_state({B}) must give tensors with B={B} rows, got {describe(fresh)}")
         state = fresh if state is None else _check_state(state, fresh)
         lengths = None if lengths is None else _check_lengths(lengths, T, B, x.device)
         resets = None if resets is None else _check_resets(resets, T, B, x.device)

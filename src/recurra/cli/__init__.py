@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -10,7 +11,15 @@ def main() -> None:
     """The ``recurra`` command. Exits 0 when done, 1 when failed, 2 for wrong usage, 130 when interrupted."""
     # PyTorch's threads wait for one another in a loop; on a core that is needed elsewhere, for seconds (lab notes).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    sys.exit(run(sys.argv[1:]))
+    if sys.stdout is None:  # closed by the caller, who wants none
+        sys.stdout = io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character still gets the rest.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run(arguments: list[str]) -> int:
@@ -42,6 +51,11 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        complain("there is not enough memory for this model and batch: make hidden_size, batch_size or window smaller")
         return 1
     except OSError as error:
         complain(f"{error.filename or 'the operating system'}: {error.strerror or error}")

@@ -16,6 +16,7 @@ from recurra.training.config import settings
 app = App(
     name="recurra",
     version=__version__,
+    suppress_keyboard_interrupt=False,
     help="Recurrent neural networks: train them on your sequences, look into them, use them.",
 )
 train = App(name="train", help="Train a network on your data.")

@@ -108,7 +108,8 @@ def sample(
     if json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
         return 0
-    print(prompt, end="")
+    first = next(pieces, "")
+    print(prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -118,6 +119,8 @@ def sample(
 
 
 def complete(folder: Path, count: int, checkpoint: str, json: bool) -> int:
+    if not 1 <= count <= 100:
+        raise ConfigError(f"expected --count from 1 to 100, got {count}")
     from recurra.cli.complete import Completer, run
     from recurra.tasks.language import Language
 

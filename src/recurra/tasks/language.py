@@ -25,7 +25,7 @@ from recurra.data.corpus import Corpus
 from recurra.data.streams import Streams, cover
 from recurra.data.vocabulary import Vocabulary, vocabulary_from_json
 from recurra.decoding import decode_stream, generate, until
-from recurra.errors import CheckpointError, ConfigError, ShapeError
+from recurra.errors import CheckpointError, ConfigError, DataError, ShapeError
 from recurra.files import parse_json, read_bytes
 from recurra.tasks.language_config import LanguageConfig, ModelConfig
 from recurra.training.checkpoint import load, load_into
@@ -191,6 +191,10 @@ class Language:
         config = run.settings(LanguageConfig)
         vocabulary = read_vocabulary(run.path / "vocabulary.json")
         model = build_model(len(vocabulary), config.model)
+        if not any(run.checkpoints.glob("*.json")):
+            raise CheckpointError(
+                f"the run {run.path} has no checkpoint yet: go on with it by 'recurra resume {run.path}'"
+            )
         stored = load(run.checkpoints, checkpoint)
         if stored.facts.get("task") != identity(vocabulary):
             raise CheckpointError(
@@ -224,7 +228,9 @@ class Language:
         The same seed gives the same text. ``stop`` ends it before that string.
         Raises DataError for a prompt with characters that the model has never seen.
         """
-        tokens = self.vocabulary.encode(prompt or "\n", where="the prompt")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ConfigError(f"expected a seed from 0 to 2**63 - 1, got {seed}")
+        tokens = self.vocabulary.encode(prompt, where="the prompt") if prompt else self._beginning()
         generator = torch.Generator()
         if seed is None:
             generator.seed()
@@ -245,6 +251,13 @@ class Language:
         text = decode_stream(self.vocabulary, chain(last.tolist(), ids))
         pieces = _without(len(self.vocabulary.decode(last)), text)
         yield from pieces if stop is None else until(pieces, stop)
+
+    def _beginning(self) -> np.ndarray:
+        """What a text begins after: a new line, or any token where the text that was trained on had none."""
+        try:
+            return self.vocabulary.encode("\n")
+        except DataError:
+            return np.zeros(1, self.vocabulary.dtype)
 
 
 def _without(count: int, pieces: Iterator[str]) -> Iterator[str]:

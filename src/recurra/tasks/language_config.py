@@ -42,9 +42,9 @@ class ModelConfig:
     """The network: an embedding, recurrent layers, a readout."""
 
     cell: str = setting("lstm", "The recurrence.", choices=CELLS)
-    layers: int = setting(1, "Recurrent layers on top of one another.", low=1)
-    hidden_size: int = setting(256, "Units of each layer.", low=1)
-    embedding_size: int = setting(64, "Features of the vector that stands for a character or word.", low=1)
+    layers: int = setting(1, "Recurrent layers on top of one another.", low=1, high=100)
+    hidden_size: int = setting(256, "Units of each layer.", low=1, high=2**16)
+    embedding_size: int = setting(64, "Features of the vector that stands for a character or word.", low=1, high=2**16)
     tied: bool = setting(False, "Use the embedding as the readout, too; the last layer then has its size.")
     residual: bool = setting(False, "Add each layer's input to its output, from the second on.")
     layer_norm: bool = setting(False, "Normalise the input of each layer.")

@@ -13,7 +13,7 @@ import torch
 from recurra.data.corpus import Corpus, build_corpus
 from recurra.errors import CheckpointError
 from recurra.files import write_atomically
-from recurra.tasks.language import LanguageTask
+from recurra.tasks.language import LanguageTask, identity, read_vocabulary
 from recurra.tasks.language_config import LanguageConfig
 from recurra.training.checkpoint import load
 from recurra.training.distributed import World, world
@@ -57,6 +57,11 @@ def resume(folder: Path, progress: Progress) -> tuple[Run, Position]:
         trainer = _trainer(run, config, everyone, progress)
         if (run.checkpoints / "last.json").exists():
             trainer.restore(load(run.checkpoints, "last"))
+        elif any(run.checkpoints.glob("*.json")):
+            raise CheckpointError(
+                f"{run.checkpoints / 'last.json'} is missing, and other checkpoints are there: put it back, or copy "
+                "best.json to last.json to go on from the best one"
+            )
         elif everyone.leads:
             # Stopped before its first checkpoint: the beginning is where it stood.
             run.forget_after(-1)
@@ -87,6 +92,8 @@ def _prepare(text: Sequence[str], folder: Path | None, config: LanguageConfig, p
 
 def _trainer(run: Run, config: LanguageConfig, everyone: World, progress: Progress) -> Trainer:
     task = LanguageTask(Corpus.open(run.path / "corpus"), config)
+    if identity(read_vocabulary(run.path / "vocabulary.json")) != task.identity():
+        raise CheckpointError(f"{run.path / 'vocabulary.json'} is not the vocabulary of the run's corpus: put it back")
     if everyone.leads:
         sizes = ", ".join(f"{name} {count:,}" for name, count in task.corpus.tokens.items())
         parameters = sum(p.numel() for p in task.model.parameters())

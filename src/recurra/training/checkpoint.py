@@ -287,7 +287,8 @@ def _advice(folder: Path, name: str) -> str:
                 whole.append(path.stem)
     if not whole:
         return f"no other checkpoint in {folder} is whole: bring one back from a copy, or start afresh"
-    return f"resume from the other checkpoint: {' or '.join(whole)}"
+    others = " and ".join(whole)
+    return f"the checkpoint {others} is whole: use it, or copy {whole[0]}.json to {name}.json to resume from it"
 
 
 # Fitting

@@ -42,8 +42,8 @@ def setting(
 class TrainingConfig:
     """How to train, whatever the task. One update is one step of the optimiser (AdamW, Loshchilov & Hutter 2019)."""
 
-    batch_size: int = setting(32, "Sequences, or streams of a text, trained side by side.", low=1)
-    window: int = setting(64, "Steps that backpropagation through time reaches back.", low=1)
+    batch_size: int = setting(32, "Sequences, or streams of a text, trained side by side.", low=1, high=1_000_000)
+    window: int = setting(64, "Steps that backpropagation through time reaches back.", low=1, high=1_000_000)
     epochs: int = setting(10, "Times to go through the training data.", low=1)
     updates: int | None = setting(None, "Stop after this many updates, whatever the epochs say.", low=1)
     learning_rate: float = setting(3e-3, "The highest learning rate.", above=0)
@@ -61,8 +61,8 @@ class TrainingConfig:
     save_minutes: float = setting(2.0, "Minutes between checkpoints, beside one at each evaluation.", above=0)
     skip_limit: int = setting(5, "Updates in a row with a gradient that is not finite before training stops.", low=1)
     precision: str = setting("float32", "Of the arithmetic; weights stay float32.", choices=("float32", "bfloat16"))
-    seed: int = setting(1, "Where all randomness begins.", low=0)
-    threads: int | None = setting(None, "Threads of the processor; none for PyTorch's choice.", low=1)
+    seed: int = setting(1, "Where all randomness begins.", low=0, high=10**18)
+    threads: int | None = setting(None, "Threads of the processor; none for PyTorch's choice.", low=1, high=1024)
     tensorboard: bool = setting(False, "Write TensorBoard files, too (pip install 'recurra[tracking]').")
 
 
@@ -205,7 +205,7 @@ def _parse(setting: Setting, value: Any, where: str) -> Any:
         wanted += ", or none"
     for limit, words in (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below")):
         if limits[limit] is not None:
-            wanted += f", {words} {limits[limit]:g}"
+            wanted += f", {words} {limits[limit]}"
     parsed = _convert(kind, value)
     if (
         parsed is None

@@ -102,6 +102,11 @@ class Trainer:
                 if self.tensorboard is not None:
                     self.tensorboard.close()
         self._save("last", draw=True)
+        if self.position.best is None:
+            raise TrainingError(
+                f"training lost its way: no evaluation in {self.position.step} updates gave a finite loss. "
+                "Lower the learning rate or clip_norm, or raise warmup"
+            )
         return self.position
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -46,10 +46,11 @@ class Run:
     @classmethod
     def create(cls, path: Path, task: str) -> Run:
         """A new folder for a run. Raises ConfigError where there is something already."""
+        if (path / "run.json").exists():
+            raise ConfigError(f"{path} is a run: go on with it by 'recurra resume {path}', or choose another --folder")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"{path} exists and is not empty: go on with it by 'recurra resume {path}', or choose another --folder"
-            )
+            what = "a folder that is not empty" if path.is_dir() else "a file"
+            raise ConfigError(f"{path} is {what}: choose another --folder, one that is not there yet")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,7 +76,7 @@ class Run:
     def open(cls, path: Path) -> Run:
         """An existing run. Raises CheckpointError where the folder is none."""
         if not (path / "run.json").is_file():
-            what = "is not a folder of recurra's" if path.is_dir() else "does not exist"
+            what = "is no run of recurra's" if path.exists() else "does not exist"
             raise CheckpointError(f"there is no run in {path}, which {what}: name the folder that training made")
         about = read_json(path / "run.json")
         if about.get("format") != "recurra-run" or about.get("version") != 1:
