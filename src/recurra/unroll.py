@@ -68,7 +68,8 @@ def loop(
     """The reference loop: one step after another. Every other path is proven equal to it.
 
     x (T, B, I), lengths (B,) int64, resets (T, B) bool; ``fresh`` is the state a reset row starts from and
-    ``context`` is drawn already. Nothing is checked here: ``Recurrent`` checks at its boundary.
+    ``context`` is drawn already. The arguments are not checked here, ``Recurrent`` does that; what the
+    first step returns is.
     Returns y (T, B, O), zero beyond each row's length, and each row's state after its own last step.
     """
     T = x.shape[0]
