@@ -139,15 +139,18 @@ def check_oracle(case: Case) -> dict[str, Tensor]:
 def check_float32(case: Case, expected: dict[str, Tensor]) -> None:
     """Recurrent in float32 is within 1e-5 of the oracle in float64.
 
-    Equations that float32 cannot compute so exactly, a normalisation of two or three features, get ten times
-    what the oracle itself loses there.
+    Only the one degenerate size that ``loses_in_float32`` names gets ten times what the oracle itself loses there.
     """
     single = case.to(torch.float32)
     far = distances(record(by_recurrent, single), expected)
-    if not all(off <= 1e-5 for off in far.values()):
-        lost = distances(record(by_plain, single), expected)
-        wrong = {name: off for name, off in far.items() if not off <= max(1e-5, 10 * lost[name])}
-        assert not wrong, f"off in float32: {wrong}; the oracle loses {lost}"
+    lost = distances(record(by_plain, single), expected) if loses_in_float32(case) else dict.fromkeys(far, 0.0)
+    wrong = {name: off for name, off in far.items() if not off <= max(1e-5, 10 * lost[name])}
+    assert not wrong, f"off in float32: {wrong}; the oracle loses {lost}"
+
+
+def loses_in_float32(case: Case) -> bool:
+    """Whether float32 cannot compute the published equations to 1e-5: a normalisation of one to four features."""
+    return case.entry.name == "LayerNormLSTM" and case.cell.output_size == 1
 
 
 def check_same(path: Path, case: Case) -> None:

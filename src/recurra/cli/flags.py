@@ -34,6 +34,7 @@ def with_settings(kind: type) -> Callable[[F], F]:
             )
             for each in settings(kind).values()
         ]
+        # inspect reads this attribute of any function, though the type of functions does not have it.
         command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
         command.__annotations__ = {
             **{name: hint for name, hint in command.__annotations__.items() if name != "flags"},

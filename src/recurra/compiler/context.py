@@ -46,6 +46,7 @@ def flatten(context: Any) -> tuple[list[Tensor], Form]:
 
 def rebuild(form: Form, tensors: Iterator[Any]) -> Any:
     """The context of that form, with these tensors in it."""
+    # What ``form.what`` holds follows from ``form.kind``, which the types do not say.
     if form.kind == "tensor":
         return next(tensors)
     if form.kind == "value":
