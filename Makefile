@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench peers format clean
 
 demo: $(VENV)/.core  ## train on the standard library's documentation and print a sample
 	$(RUN)/recurra demo
@@ -16,8 +16,12 @@ check: $(VENV)/.dev  ## format, lint and types
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 
-bench: $(VENV)/.dev  ## time the unrolled step beside torch.nn, after checking that the numbers agree
-	$(RUN)/python benchmarks/unroll.py
+bench: $(VENV)/.dev  ## time recurra beside its peers, after checking that the numbers agree; BENCH=--quick for a short run
+	$(RUN)/python benchmarks/speed.py $(BENCH)
+
+peers: $(VENV)/.dev benchmarks/peers.txt  ## more peers for make bench, JAX and ONNX Runtime, in an environment of their own
+	$(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/pip install --quiet --requirement benchmarks/peers.txt
 
 format: $(VENV)/.dev
 	$(RUN)/ruff format .

@@ -14,6 +14,14 @@ settings.register_profile("house", deadline=None, derandomize=True, database=Non
 settings.load_profile("house")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """Compiled code is kept for this run of the tests only, and not at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECURRA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     # Imported here, so that tests of what needs no torch do not wait for it.

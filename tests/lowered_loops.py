@@ -5,9 +5,11 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import catalogue
@@ -19,6 +21,7 @@ from recurra.compiler.interpret import interpret
 from recurra.compiler.lower import Lowered, decompositions, lower
 from recurra.compiler.operands import Operands
 from recurra.compiler.plan import Analysis, Plan
+from recurra.compiler.rows import by_row
 from recurra.compiler.stages import Values
 from recurra.compiler.trace import trace, weights_of
 from recurra.compiler.verify import verify
@@ -85,15 +88,22 @@ def make(name: str, inputs: int, H: int) -> Cell:
     return catalogue.Entry(name, OWN[name], None).build(inputs, H) if entry is None else entry.build(inputs, H)
 
 
-def by_row(value: Tensor, rows) -> Tensor:
+def features(value: Tensor, rows) -> Tensor:
     """A value of one step as (B, D)."""
-    value = value.movedim(rows.axis, 0)
-    return value.reshape(value.shape[0], -1).double().contiguous()
+    return by_row(value, rows).double().contiguous()
 
 
 def stacked(values: Values, node, rows) -> Tensor:
     """A value of all steps as (T, B, D)."""
-    return torch.stack([by_row(value, rows[node]) for value in values.steps(node)])
+    return torch.stack([features(value, rows[node]) for value in values.steps(node)])
+
+
+def constant(values: Values, node) -> Tensor:
+    """A value without rows. The stages keep only what they need themselves; the rest is calculated again."""
+    try:
+        return values.get(node)
+    except KeyError:
+        return node.target(*fx.node.map_arg(node.args, partial(constant, values)), **node.kwargs)
 
 
 def operands_of(call: Call, lowered: Lowered, values: Values, state: list[Tensor], reverse: bool) -> Operands:
@@ -103,13 +113,13 @@ def operands_of(call: Call, lowered: Lowered, values: Values, state: list[Tensor
         T=call.T,
         B=call.B,
         inputs=[stacked(values, node, rows).numpy() for node in lowered.inputs],
-        rows=[by_row(values.get(node), rows[node]).numpy() for node in lowered.rows],
-        vectors=[values.get(node).reshape(-1).double().numpy() for node in lowered.vectors],
+        rows=[features(values.get(node), rows[node]).numpy() for node in lowered.rows],
+        vectors=[constant(values, node).reshape(-1).double().numpy() for node in lowered.vectors],
         matrices=[
-            values.get(node).reshape(shape).contiguous().numpy()
+            constant(values, node).reshape(shape).double().contiguous().numpy()
             for node, shape in zip(lowered.matrices, program.matrices, strict=True)
         ],
-        state=[by_row(leaf, rows[node]).numpy() for leaf, node in zip(state, lowered.carries, strict=True)],
+        state=[features(leaf, rows[node]).numpy() for leaf, node in zip(state, lowered.carries, strict=True)],
         reverse=reverse,
     )
 
@@ -117,7 +127,8 @@ def operands_of(call: Call, lowered: Lowered, values: Values, state: list[Tensor
 class Watch:
     """Lowers every loop that the hoisted path runs, and compares the program's numbers with the loop's own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tolerance: float) -> None:
+        self.tolerance = tolerance
         self.programs: list[Lowered] = []
         self.operands: list[Operands] = []
         # A lowered loop may take a weight that the stages have turned already.
@@ -138,19 +149,23 @@ class Watch:
             outputs, state = interpret(lowered.program, operands)
             rows = call.plan.analysis.rows
             expected = [stacked(values, node, rows) for node in lowered.outputs]
-            expected += [by_row(finals[k], rows[node]) for k, node in zip(numbers, lowered.carries, strict=True)]
+            expected += [features(finals[k], rows[node]) for k, node in zip(numbers, lowered.carries, strict=True)]
             for ours, theirs in zip([*outputs, *state], expected, strict=True):
-                torch.testing.assert_close(torch.tensor(ours), theirs, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(torch.tensor(ours), theirs, rtol=self.tolerance, atol=self.tolerance)
 
         return run
 
 
 def check(monkeypatch, cell: Cell, T: int = 5, B: int = 4, table=None, reverse: bool = False, context=None) -> Watch:
-    """Runs a cell forward and backward; each of its loops must give the same numbers when it is lowered."""
+    """Runs a cell forward and backward; each of its loops must give the same numbers when it is lowered.
+
+    The program is calculated in float64, also where the loop is not.
+    """
+    dtype = next((each.dtype for each in weights_of(cell).values() if each.is_floating_point()), torch.float64)
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     x = normal(T, B, cell.input_size)
     state = cell.initial_state(B)
@@ -163,7 +178,7 @@ def check(monkeypatch, cell: Cell, T: int = 5, B: int = 4, table=None, reverse: 
     plan = Plan(analysis, frozenset(inputs), [True] * len(leaves_))
     call = Call(plan, T, B, None, None, reverse, lambda tensors: ())
     tensors = [t.detach() for t in (x, *weights_of(cell).values(), *parts, *leaves_, *leaves_)]
-    watch = Watch(monkeypatch)
+    watch = Watch(monkeypatch, 1e-12 if dtype is torch.float64 else 2e-5)
     y, finals, saved = hoisted.forward(call, tensors)
     gradients = [normal(*result.shape) for result in (y, *finals)]
     hoisted.backward(call, tensors, saved, gradients, [True] * len(tensors))

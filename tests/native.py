@@ -15,7 +15,7 @@ import numpy as np
 from loop_programs import PROGRAMS, random_operands
 from recurra.compiler.interpret import interpret
 from recurra.compiler.ir import Program
-from recurra.compiler.llvm.kernel import Kernel
+from recurra.compiler.llvm.kernel import Kernel, Workspace, addresses
 from recurra.compiler.operands import Operands
 from recurra.compiler.passes import optimise
 
@@ -55,7 +55,7 @@ def guards(whole: np.ndarray) -> bytes:
     return whole[:GUARD].tobytes() + whole[-GUARD:].tobytes()
 
 
-def agree(kernel: Kernel, operands: Operands, ranges=None) -> None:
+def agree(kernel: Kernel, operands: Operands, ranges=None, threads: int = 1) -> None:
     """The kernel, on memory full of NaN between guards, gives what the interpreter gives, and writes nothing else."""
     dtype = kernel.dtype.type
     program, T, B = kernel.program, operands.T, operands.B
@@ -68,7 +68,7 @@ def agree(kernel: Kernel, operands: Operands, ranges=None) -> None:
         watched.extend(whole for _, whole in pairs)
         return [inner for inner, _ in pairs]
 
-    names = ("inputs", "rows", "vectors", "fresh")
+    names = ("inputs", "rows", "vectors", "fresh", "matrices")
     given = replace(given, **{name: guard(getattr(given, name)) for name in names if getattr(given, name) is not None})
     if given.lengths is not None:
         given = replace(given, lengths=guard([given.lengths], -1)[0])
@@ -77,12 +77,18 @@ def agree(kernel: Kernel, operands: Operands, ranges=None) -> None:
     nodes = program.nodes
     outputs = guard([np.full((T, B, nodes[place].width), np.nan, dtype) for place in program.outputs])
     state = guard(given.state)
-    (scratch,) = guard([np.full(kernel.layout.scratch * B, np.nan, dtype)])
-    panels = guard(kernel.pack(given.matrices))
+    workspace = kernel.workspace(B, threads)
+    for array in workspace.arrays:
+        array.view(np.uint8)[...] = 0xFF
+    arrays = [*guard(workspace.arrays[:2]), *guard(workspace.arrays[2:], -1)]
+    workspace = Workspace(B, threads, *arrays, workspace.words)
     before = [guards(whole) for whole in watched]
-    call = kernel.bind(given, panels, outputs, state, scratch)
-    for begin, end in ranges or [(0, B)]:
-        call.run(begin, end)
+    call = kernel.bind(T, B, **addresses(given, outputs, state), threads=threads, workspace=workspace)
+    if threads > 1:
+        call.share()
+    else:
+        for begin, end in ranges or [(0, B)]:
+            call.run(begin, end)
     assert [guards(whole) for whole in watched] == before, "memory beside an array was written"
     tolerance = TOLERANCE[dtype]
     for found, true in zip([*outputs, *state], [*expected[0], *expected[1]], strict=True):
@@ -114,9 +120,10 @@ def run_fenced(name: str, H: int, dtype: type, beyond: int = 0) -> None:
     def fence(arrays):
         return [fenced(array.reshape(-1)[beyond:]) if beyond else fenced(array) for array in arrays]
 
-    names = ("inputs", "rows", "vectors", "fresh")
-    panels = fence(kernel.pack(given.matrices))
+    names = ("inputs", "rows", "vectors", "fresh", "matrices")
     given = replace(given, **{each: fence(getattr(given, each)) for each in names})
     given = replace(given, lengths=fenced(given.lengths), resets=fenced(given.resets))
-    (scratch,) = fence([np.full(kernel.layout.scratch * B, np.nan, dtype)])
-    kernel.bind(given, panels, fence(kernel.outputs(T, B)), fence(given.state), scratch).run()
+    outputs, state = fence(kernel.outputs(T, B)), fence(given.state)
+    workspace = kernel.workspace(B)
+    workspace = Workspace(B, 1, *fence(workspace.arrays[:2]), fenced(workspace.arrays[2]), workspace.words)
+    kernel.bind(T, B, **addresses(given, outputs, state), workspace=workspace).run()

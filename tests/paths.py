@@ -66,13 +66,19 @@ Path = Callable[[Case], tuple[Tensor, State]]
 
 def by_recurrent(case: Case) -> tuple[Tensor, State]:
     """The path under test: looked up in its module at each call, so that a mutant can stand in."""
-    rnn = unroll.Recurrent(case.cell, reverse=case.reverse)
+    rnn = unroll.Recurrent(case.cell, reverse=case.reverse, backend="loop")
     return rnn(case.x, case.state, lengths=case.lengths, resets=case.resets, context=case.context)
 
 
 def by_hoisted(case: Case) -> tuple[Tensor, State]:
     """The carry's part of a step in a loop, the rest for all steps at once."""
     rnn = unroll.Recurrent(case.cell, reverse=case.reverse, backend="hoisted")
+    return rnn(case.x, case.state, lengths=case.lengths, resets=case.resets, context=case.context)
+
+
+def by_compiled(case: Case) -> tuple[Tensor, State]:
+    """The carry's part of a step as native code, the rest for all steps at once."""
+    rnn = unroll.Recurrent(case.cell, reverse=case.reverse, backend="compiled")
     return rnn(case.x, case.state, lengths=case.lengths, resets=case.resets, context=case.context)
 
 
@@ -93,7 +99,7 @@ def by_plain(case: Case) -> tuple[Tensor, State]:
 
 def by_pieces(case: Case) -> tuple[Tensor, State]:
     """Each row alone at its own length, and each piece between two resets alone from a fresh state."""
-    rnn = unroll.Recurrent(case.cell, reverse=case.reverse)
+    rnn = unroll.Recurrent(case.cell, reverse=case.reverse, backend="loop")
     T, B, _ = case.x.shape
     ys, finals = [], []
     for b in range(B):
@@ -119,7 +125,7 @@ def in_chunks(*cuts: int) -> Path:
     """One chunk after another, the state carried from each into the next, with its gradient."""
 
     def path(case: Case) -> tuple[Tensor, State]:
-        rnn = unroll.Recurrent(case.cell, reverse=case.reverse)
+        rnn = unroll.Recurrent(case.cell, reverse=case.reverse, backend="loop")
         edges = [0, *sorted(cuts), case.x.shape[0]]
         spans = [slice(low, high) for low, high in pairwise(edges)]
         ys: list[Tensor] = []
@@ -142,7 +148,7 @@ def truncated(window: int) -> Path:
     """Windows of that many steps, no gradient from one into the one before."""
 
     def path(case: Case) -> tuple[Tensor, State]:
-        rnn = unroll.Recurrent(case.cell)
+        rnn = unroll.Recurrent(case.cell, backend="loop")
         options = {"lengths": case.lengths, "resets": case.resets, "context": case.context}
         windows = list(unroll.truncated(rnn, case.x, window, case.state, **options))
         assert torch.cat([torch.arange(len(case.x))[span] for span, _, _ in windows]).tolist() == [*range(len(case.x))]

@@ -41,6 +41,8 @@ def _operation(draw: st.DrawFn, b: Builder, values: list[Value]) -> Value:
     size = draw(st.sampled_from(WIDTHS))
     choices = {
         "unary": lambda: draw(st.sampled_from([b.tanh, b.sigmoid, b.neg, b.abs, b.log_sigmoid]))(x),
+        "wave": lambda: draw(st.sampled_from([b.sin, b.cos, b.atan, b.erf]))(x),
+        "whole": lambda: draw(st.sampled_from([b.floor, b.round]))(b.clamp(3.0 * x, -9.0, 9.0)),
         "bounded": lambda: b.exp(b.clamp(x, -2.0, 1.0)),
         "root": lambda: b.sqrt(b.abs(x) + 0.5),
         "log": lambda: b.log(b.abs(x) + 0.5),
@@ -53,6 +55,11 @@ def _operation(draw: st.DrawFn, b: Builder, values: list[Value]) -> Value:
         "where": lambda: b.apply(Op.WHERE, _condition(draw, b, x, y), x, b.sigmoid(y)),
         "matmul": lambda: b.tanh(b.matmul(x, b.matrix(size, x.width), transposed=True)),
         "columns": lambda: b.matmul(x, b.matrix(x.width, size + 3), start=2, width=size),
+        "block": lambda: b.matmul(x, b.matrix(x.width + 4, size + 3), top=3, start=1, width=size),
+        "turned block": lambda: b.matmul(
+            x, b.matrix(size + 3, x.width + 4), transposed=True, top=3, start=1, width=size
+        ),
+        "gather": lambda: b.gather(x, draw(st.lists(st.integers(0, x.width - 1), min_size=size, max_size=size))),
         "slice": lambda: b.slice(x, x.width // 3, x.width - x.width // 2),
         "concat": lambda: b.concat([x, y, x])[: max(WIDTHS)],
         "sum": lambda: b.mean(x),

@@ -95,7 +95,14 @@ WRONG = [
     ("%12 = pow %11 [number=3.0] : 2", "%12 = slice %7 : 2", "%7 is bool, not float"),
     ("%5 = slice %3 [start=2] : 2", "%5 = slice %3 [start=3] : 2", "features 3 to 5 of 4"),
     ("%5 = slice %3 [start=2] : 2", "%5 = slice %3 [start=-1] : 2", "features -1 to 1 of 4"),
-    ("[index=0 transposed] : 4", "[index=0] : 4", "%0 has width 2, the matrix 4 rows"),
+    ("[index=0 transposed] : 4", "[index=0] : 4", "columns 0 to 4 of a matrix with 2"),
+    ("[index=0 transposed] : 4", "[index=0 top=1 transposed] : 4", "rows 1 to 3 of a matrix with 2"),
+    ("[index=0 transposed] : 4", "[index=0 top=-1 transposed] : 4", "rows -1 to 1 of a matrix with 2"),
+    ("%4 = slice %3 : 2", "%4 = gather %3 [features=4,0] : 2", "feature 4 of 4"),
+    ("%4 = slice %3 : 2", "%4 = gather %3 [features=0,-1] : 2", "feature -1 of 4"),
+    ("%4 = slice %3 : 2", "%4 = gather %3 [features=0] : 2", "what it gathers has width 1, not 2"),
+    ("%4 = slice %3 : 2", "%4 = gather %3 %2 [features=0,1] : 2", "gather takes 1 values, got 2"),
+    ("%8 = where %7 %5 %4 : 2", "%8 = gather %7 [features=1,1] : 2", "%7 is bool, not float"),
     ("[index=0 transposed] : 4", "[index=0 start=1 transposed] : 4", "columns 1 to 5 of a matrix with 4"),
     ("[index=0 transposed] : 4", "[index=1 transposed] : 4", "there is no matrix 1"),
     ("%10 = broadcast %9 : 2", "%10 = broadcast %4 : 2", "%4 has width 2, only width 1 is broadcast"),
@@ -201,6 +208,34 @@ def test_slices_of_slices_and_joins_are_undone():
         "%3 = concat %2 %1 : 4\nnew %3\n"
     )
     assert after(optimise, text) == expected
+
+
+def test_gathers_are_undone_where_they_take_neighbours_or_one_feature_alone():
+    text = (
+        "carry 4\n%0 = carry [index=0] : 4\n%1 = slice %0 [start=1] : 3\n%2 = gather %1 [features=2,0,1] : 3\n"
+        "%3 = gather %2 [features=1,2] : 2\n%4 = gather %2 [features=0,0,0] : 3\n%5 = gather %2 [features=0,2] : 2\n"
+        "%6 = concat %0 %2 : 7\n%7 = gather %6 [features=6,4] : 2\noutput %3 %4 %5 %7\nnew %0\n"
+    )
+    expected = (
+        "carry 4\n%0 = carry [index=0] : 4\n%1 = slice %0 [start=1] : 2\n%2 = slice %0 [start=3] : 1\n"
+        "%3 = broadcast %2 : 3\n%4 = gather %0 [features=3,2] : 2\n%5 = slice %0 [start=2] : 2\n"
+        "output %1 %3 %4 %5\nnew %0\n"
+    )
+    simple = drop_dead(share(simplify(simplify(parse(text)))))
+    operands = random_operands(simple, 2, 3)
+    same(interpret(simple, operands), interpret(parse(text), operands))
+    assert str(simple) == expected
+
+
+def test_features_that_are_no_neighbours_are_read_in_the_region_that_wants_them():
+    text = (
+        "carry 4\nmatrix 4x4\n%0 = carry [index=0] : 4\n%1 = gather %0 [features=3,1,0,2] : 4\n%2 = tanh %1 : 4\n"
+        "%3 = matmul %1 [index=0] : 4\n%4 = add %2 %3 : 4\nnew %4\n"
+    )
+    plan = group(verify(parse(text)))
+    assert plan.homes == {1, 2, 4}
+    assert plan.view(1).features == (3, 1, 0, 2)
+    assert plan.source(3).features == ()
 
 
 def test_equal_values_are_shared_and_dead_ones_dropped():

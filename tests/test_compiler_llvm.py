@@ -5,7 +5,6 @@ The interpreter is proven against the equations in test_compiler_ir.py. Here it 
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 import threading
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from loop_programs import PROGRAMS, lstm_backward, random_operands
 from native import agree, cast, kernel_of, program_of
@@ -24,10 +22,8 @@ from random_programs import programs
 from recurra.compiler.build import Builder
 from recurra.compiler.interpret import interpret
 from recurra.compiler.ir import Op
-from recurra.compiler.llvm import team as team_module
-from recurra.compiler.llvm.kernel import Kernel, split
+from recurra.compiler.llvm.kernel import Kernel, addresses
 from recurra.compiler.llvm.target import Target, host
-from recurra.compiler.llvm.team import Team, openmp
 from recurra.compiler.operands import Operands
 from recurra.compiler.passes import optimise
 from recurra.errors import ShapeError
@@ -151,7 +147,7 @@ def test_rows_outside_the_range_are_not_touched():
     outputs, state = kernel.outputs(3, 9), [leaf.copy() for leaf in operands.state]
     for array in outputs:
         array[...] = -7.0
-    kernel.bind(operands, kernel.pack(operands.matrices), outputs, state, kernel.scratch(9)).run(2, 5)
+    kernel.bind(3, 9, **addresses(operands, outputs, state)).run(2, 5)
     for found, expected in zip(outputs, whole, strict=True):
         np.testing.assert_array_equal(found[:, 2:5], expected[:, 2:5])
         assert (np.delete(found, np.s_[2:5], axis=1) == -7.0).all()
@@ -165,8 +161,7 @@ def test_threads_can_share_the_rows():
     operands = cast(random_operands(kernel.program, 13, 17, lengths=True), np.float32)
     expected, ends = kernel(operands)
     outputs, state = kernel.outputs(13, 17), [leaf.copy() for leaf in operands.state]
-    panels, scratch = kernel.pack(operands.matrices), kernel.scratch(17)
-    call = kernel.bind(operands, panels, outputs, state, scratch)
+    call = kernel.bind(13, 17, **addresses(operands, outputs, state))
     threads = [threading.Thread(target=call.run, args=each) for each in ((0, 8), (8, 17))]
     for thread in threads:
         thread.start()
@@ -174,42 +169,6 @@ def test_threads_can_share_the_rows():
         thread.join()
     for found, true in zip([*outputs, *state], [*expected, *ends], strict=True):
         np.testing.assert_allclose(found, true, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("library", ["openmp", "pool"])
-@pytest.mark.parametrize("threads", [1, 2, 3, 40])
-def test_a_team_gives_the_same_bits_as_one_thread(threads, library, monkeypatch):
-    if library == "pool":
-        monkeypatch.setattr(team_module, "openmp", lambda: None)
-    elif openmp() is None:
-        pytest.skip("this PyTorch has no GNU OpenMP")
-    kernel = kernel_of("layer_norm_lstm", 33, np.float32)
-    for B in (0, 1, 17):
-        operands = cast(random_operands(kernel.program, 5, B, lengths=True, resets=True), np.float32)
-        expected, ends = kernel(operands)
-        outputs, state = kernel.outputs(5, B), [leaf.copy() for leaf in operands.state]
-        for array in outputs:
-            array[...] = np.nan
-        panels, scratch = kernel.pack(operands.matrices), kernel.scratch(B)
-        kernel.bind(operands, panels, outputs, state, scratch).share(Team(threads))
-        for found, true in zip([*outputs, *state], [*expected, *ends], strict=True):
-            np.testing.assert_array_equal(found, true)
-
-
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 8))
-def test_rows_are_split_by_the_steps_they_take(lengths, parts):
-    bounds = split(np.array(lengths), parts)
-    assert bounds.shape == (parts + 1,)
-    assert (bounds[0], bounds[-1]) == (0, len(lengths))
-    assert (np.diff(bounds) >= 0).all()
-    cost = [sum(2 * length + 1 for length in lengths[a:b]) for a, b in itertools.pairwise(bounds)]
-    assert max(cost) <= sum(cost) / parts + 2 * max(lengths) + 2
-
-
-def test_equal_rows_are_split_evenly():
-    np.testing.assert_array_equal(split(np.full(16, 100), 2), [0, 8, 16])
-    np.testing.assert_array_equal(split(np.full(7, 3), 3), [0, 2, 5, 7])
-    np.testing.assert_array_equal(split(np.array([9, 1, 1, 1, 1, 1, 1, 1]), 2), [0, 1, 8])
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -236,9 +195,8 @@ def test_a_rows_numbers_are_the_same_to_the_bit_whatever_is_beside_it(dtype):
 def test_a_range_beyond_the_rows_is_refused():
     kernel = kernel_of("lstm", 7, np.float64)
     operands = random_operands(kernel.program, 2, 3)
-    call = kernel.bind(
-        operands, kernel.pack(operands.matrices), kernel.outputs(2, 3), operands.state, kernel.scratch(3)
-    )
+    outputs = kernel.outputs(2, 3)
+    call = kernel.bind(2, 3, **addresses(operands, outputs, operands.state))
     with pytest.raises(ShapeError, match="range of rows within 0 to 3, got 2 to 4"):
         call.run(2, 4)
 

@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from loop_programs import random_operands
 from native import agree, kernel_of, program_of
+from recurra.compiler.build import Builder
 from recurra.compiler.llvm import code as code_module
 from recurra.compiler.llvm import emit as emit_module
 from recurra.compiler.llvm import kernel as kernel_module
+from recurra.compiler.llvm import sweep as sweep_module
 from recurra.compiler.llvm.kernel import Kernel
 from recurra.compiler.llvm.target import host
-
-
-def swap_products(program, sweep, group, lanes, matrices, panel):
-    order = (*group.products[1:], group.products[0])
-    PACK(program, sweep, replace(group, products=order), lanes, matrices, panel)
-
-
-def shift_lanes(program, sweep, group, lanes, matrices, panel):
-    PACK(program, sweep, group, lanes, matrices, panel)
-    panel[...] = np.roll(panel, 1)
-
-
-def forget_transpose(program, sweep, group, lanes, matrices, panel):
-    turned = [np.ascontiguousarray(each.T).reshape(each.shape) for each in matrices]
-    PACK(program, sweep, group, lanes, turned, panel)
-
-
-def forget_the_tail(program, sweep, group, lanes, matrices, panel):
-    cut = [each.copy() for each in matrices]
-    for each in cut:
-        each[-1] = 0
-    PACK(program, sweep, group, lanes, cut, panel)
-
-
-PACK = kernel_module.pack
-
-
-@pytest.mark.parametrize("wrong", [swap_products, shift_lanes, forget_transpose, forget_the_tail])
-def test_a_panel_packed_wrong_is_told_apart(wrong, monkeypatch):
-    monkeypatch.setattr(kernel_module, "pack", wrong)
-    killed(kernel_of("lstm", 33, np.float64))
 
 
 @pytest.mark.parametrize("tail", [1, -1])
@@ -70,6 +40,30 @@ def test_a_length_that_is_off_by_one_is_told_apart(right, wrong, monkeypatch):
 
 def test_rows_that_no_tile_takes_are_told_apart(monkeypatch):
     killed(mutant("lstm", 7, r"(%\"higher[.\d]*\" = )urem i64 [^\n]*", r"\1add i64 0, 0", monkeypatch))
+
+
+def test_a_step_that_a_sum_forgets_is_told_apart(monkeypatch):
+    right = sweep_module._finish
+    monkeypatch.setattr(sweep_module, "_finish", lambda code, node, steps, *where: right(code, node, steps - 1, *where))
+    killed(Kernel(program_of("layer_norm_lstm", 33), np.float64))
+
+
+def test_a_carry_that_is_not_brought_forward_is_told_apart(monkeypatch):
+    monkeypatch.setattr(emit_module._Run, "_advance", lambda run, count: None)
+    killed(Kernel(program_of("lstm", 7), np.float64))
+
+
+def test_a_carry_that_is_overwritten_while_it_is_read_is_told_apart(monkeypatch):
+    """With one home for odd and even steps, later tiles of a product read what the first ones made."""
+    b = Builder()
+    h, x = b.carry(33), b.input(33)
+    h = b.tanh(x + b.matmul(h, b.matrix(33, 33)))
+    genuine = Kernel(b.finish([h * 2.0], [h]), np.float64)
+    agree(genuine, random_operands(genuine.program, 5, 3))
+    changed, count = re.subn(r"(and i64 %[^,]*), 1\n", r"\1, 0\n", genuine.assembly)
+    assert count
+    monkeypatch.setattr(kernel_module, "emit", lambda *_: (changed, genuine.layout))
+    killed(Kernel(genuine.program, np.float64))
 
 
 FLOATS = [

@@ -5,13 +5,18 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from invented_cells import FOREIGN, foreign
 from lowered_loops import check, make
 from recurra.compiler import lower as lower_module
 from recurra.compiler import operations
+from recurra.compiler.features import Features
 from recurra.compiler.ir import Op
+from recurra.compiler.lower import Lowering
 from recurra.compiler.rules import RULES
 
 _aten = torch.ops.aten
@@ -35,10 +40,38 @@ def new_carries_in_another_order(monkeypatch):
     )
 
 
+def method(owner, name, wrong):
+    """The method, given the right one and what it is called with."""
+    right = getattr(owner, name)
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, lambda self, *args: wrong(right, self, *args))
+
+
+def the_first_instead_of_each_before(right, self, value, groups, op):
+    return self.ungroup(self.regroup(value, groups), groups)
+
+
+def the_parts_swapped(right, self, node):
+    found = right(self, node)
+    return found[::-1] if isinstance(found, tuple) else found
+
+
+def without_the_middle(right, self, values, size, meet):
+    return right(self, [value[: value.width // size * (size - size % 2)] for value in values], size - size % 2, meet)
+
+
+def groups_of_neighbours(right, self, node, source, axes):
+    found = right(self, node, source, axes)
+    return replace(found, order=sorted(found.order))
+
+
+def places_apart(right, self, base, value, places):
+    return right(self, base, value, sorted(places))
+
+
 _pointwise = dict(operations.POINTWISE)
 _rules = dict(RULES)
 MUTANTS = {
-    "split offsets swapped": ("LSTM", changed(RULES, _aten.split, lambda *args: _rules[_aten.split](*args)[::-1])),
+    "split offsets swapped": ("LSTM", method(Features, "moved", the_parts_swapped)),
     "a matrix transposed": ("Vanilla", a_matrix_transposed),
     "sigmoid_backward as sigmoid": (
         "GRU",
@@ -54,8 +87,8 @@ MUTANTS = {
     ),
     "rsub as sub": ("CoupledLSTM", changed(operations.POINTWISE, _aten.rsub, _pointwise[_aten.sub])),
     "parts joined in another order": (
-        "LSTM",
-        changed(RULES, _aten.cat, lambda to, node, parts, axis: _rules[_aten.cat](to, node, parts[::-1], axis)),
+        "BlockDiagonal",
+        method(Features, "join", lambda right, self, parts: right(self, parts[::-1])),
     ),
     "a product without its bias": (
         "RecurrentHighway",
@@ -70,6 +103,34 @@ MUTANTS = {
         ),
     ),
     "new carries in another order": ("LSTM", new_carries_in_another_order),
+    "features taken in another order": (
+        "Moved",
+        method(Features, "pick", lambda right, self, values, numbers, *fill: right(self, values, numbers[::-1], *fill)),
+    ),
+    "fill that is another": (
+        "Moved",
+        method(Features, "pick", lambda right, self, values, numbers, fill=0.0: right(self, values, numbers, fill + 1)),
+    ),
+    "a sum that forgets what is before": ("ONLSTM", method(Features, "scan", the_first_instead_of_each_before)),
+    "a maximum that forgets the middle": ("Maxout", method(Features, "fold", without_the_middle)),
+    "groups of other features": ("Counted", method(Features, "groups", groups_of_neighbours)),
+    "gradients added in other places": ("Moved", method(Features, "accumulate", places_apart)),
+    "heads that share a matrix": (
+        "HeadedSLSTM",
+        method(Lowering, "times", lambda right, self, x, matrix, head, *rest: right(self, x, matrix, 0, *rest)),
+    ),
+    "blocks of a matrix the wrong way round": (
+        "BlockDiagonal",
+        method(Lowering, "times", lambda right, self, x, m, head, turned, n: right(self, x, m, head, not turned, n)),
+    ),
+    "numbers of one group for all": (
+        "BlockDiagonal",
+        method(Features, "back", lambda right, self, value, groups: self.b.broadcast(value[:1], len(groups.member))),
+    ),
+    "a remainder with the other sign": (
+        "Rounded",
+        changed(operations.POINTWISE, _aten.remainder, lambda b, x, y: _pointwise[_aten.remainder](b, x, -y)),
+    ),
 }
 
 
@@ -77,5 +138,6 @@ MUTANTS = {
 def test_a_lowering_that_is_wrong_on_purpose_is_told_apart(monkeypatch, name):
     cell, change = MUTANTS[name]
     change(monkeypatch)
+    make_cell = make(cell, 3, 5) if cell not in FOREIGN else foreign(cell)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        check(monkeypatch, make(cell, 3, 5))
+        check(monkeypatch, make_cell)

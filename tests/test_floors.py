@@ -14,21 +14,23 @@ import recurra
 SOURCE = Path(recurra.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-FOUNDATION = {"cell", "errors", "cells", "unroll"}
+FOUNDATION = {"cell", "errors", "taps", "cells", "explanation", "unroll"}
 LIBRARY = FOUNDATION | {"shapes", "attention", "decoding", "stream", "nn", "compiler", "inspect"}
 
 # For each room, what it may import. "cells" stands for the file or the folder, whichever there is.
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "cell": {"errors"},
-    "cells": {"cell", "errors"},
-    "unroll": {"cell", "errors"},
-    "compiler": {"cell", "errors"},
+    "taps": {"errors"},
+    "cell": {"errors", "taps"},
+    "cells": {"cell", "errors", "taps"},
+    "explanation": {"errors"},
+    "unroll": {"cell", "errors", "explanation", "taps"},
+    "compiler": {"cell", "errors", "files", "taps"},
     "shapes": FOUNDATION | {"attention"},
     "attention": FOUNDATION,
     "decoding": FOUNDATION | {"stream", "shapes", "attention"},
-    "stream": {"cell", "errors", "unroll"},
+    "stream": {"cell", "compiler", "errors", "explanation", "unroll"},
     "nn": FOUNDATION,
     "inspect": LIBRARY,
     "export": LIBRARY,

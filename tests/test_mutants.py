@@ -205,14 +205,14 @@ def test_a_wrong_loop_is_noticed(wrong, check, case, monkeypatch):
 
 def forgetful_chunks(case):
     """Chunks that each begin with the state that the first one began with."""
-    rnn = unroll.Recurrent(case.cell)
+    rnn = unroll.Recurrent(case.cell, backend="loop")
     parts = [rnn(case.x[span], case.state) for span in (slice(0, 2), slice(2, None))]
     return torch.cat([y for y, _ in parts]), parts[-1][1]
 
 
 def chunks_cut_off(case):
     """Chunks that carry their state without its gradient."""
-    rnn = unroll.Recurrent(case.cell)
+    rnn = unroll.Recurrent(case.cell, backend="loop")
     y_1, state = rnn(case.x[:2], case.state)
     y_2, state = rnn(case.x[2:], detach(state))
     return torch.cat([y_1, y_2]), state

@@ -21,7 +21,7 @@ def test_defaults_are_overruled_by_toml_then_environment_then_flags(tmp_path):
     config = resolve(
         LanguageConfig,
         toml=file,
-        environ={"RECURRA_LAYERS": "3", "RECURRA_EMBEDDING_SIZE": "8", "HOME": "/"},
+        environ={"RECURRA_LAYERS": "3", "RECURRA_EMBEDDING_SIZE": "8", "RECURRA_CACHE_DIR": "/", "HOME": "/"},
         flags={"embedding_size": 9, "hidden_size": None},
     )
     assert (config.model.hidden_size, config.model.layers, config.model.embedding_size) == (11, 3, 9)

@@ -242,23 +242,19 @@ def test_only_a_cell_is_taken():
 # --- backends ---
 
 
-@pytest.mark.parametrize("backend", ["auto", "loop"])
-def test_explain_says_what_runs_and_why(backend):
-    explanation = Recurrent(LSTM(3, 4), backend=backend).explain()
-    assert (explanation.asked, explanation.ran) == (backend, "loop")
-    assert str(explanation).startswith(f"backend={backend!r} runs 'loop': ")
-    assert Bidirectional(LSTM(3, 4), LSTM(3, 4), backend=backend).explain() == explanation
-
-
-def test_the_hoisted_path_is_taken_where_it_is_asked_for_and_says_so():
-    for rnn in (Recurrent(LSTM(3, 4), backend="hoisted"), Bidirectional(LSTM(3, 4), LSTM(3, 4), backend="hoisted")):
-        assert (rnn.explain().asked, rnn.explain().ran) == ("hoisted", "hoisted")
-        assert "step by step" in str(rnn.explain())
-
-
-def test_the_compiled_path_is_refused_and_nothing_runs_in_its_place():
-    with pytest.raises(BackendError, match=r"'compiled' is not part of this version.*use backend='hoisted' or 'loop'"):
-        Recurrent(LSTM(3, 4), backend="compiled")
+def test_explain_says_what_runs_and_why():
+    for backend, ran in {"loop": "loop", "hoisted": "hoisted", "compiled": "compiled", "auto": "compiled"}.items():
+        for rnn in (
+            Recurrent(LSTM(3, 4), backend=backend),
+            Bidirectional(LSTM(3, 4), LSTM(3, 4), backend=backend),
+        ):
+            assert (rnn.explain().asked, rnn.explain().ran, rnn.explain().called) == (backend, ran, ran == "loop")
+            runs = "runs" if ran == "loop" else "will run"
+            assert str(rnn.explain()).startswith(f"backend={backend!r} {runs} {ran!r}: ")
+            rnn(x_of(2, 1, 3))
+            assert (rnn.explain().asked, rnn.explain().ran) == (backend, ran)
+            assert str(rnn.explain()).startswith(f"backend={backend!r} runs {ran!r}: ")
+            assert ("step by step" in str(rnn.explain())) == (ran != "loop")
 
 
 def test_a_backend_that_does_not_exist_is_refused_with_the_nearest_name():

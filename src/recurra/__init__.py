@@ -20,6 +20,8 @@ _homes = {
     "Bidirectional": "recurra.unroll",
     "truncated": "recurra.unroll",
     "Stream": "recurra.stream",
+    "tap": "recurra.taps",
+    "watch": "recurra.taps",
     "RecurraError": "recurra.errors",
 }
 _rooms = ("cells", "nn", "data", "tasks", "training", "decoding")

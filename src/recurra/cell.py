@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recurra.errors import ShapeError
+from recurra.taps import recording
 
 # A tensor whose first axis is the batch, or a tuple or named tuple of such states.
 State: TypeAlias = Any
@@ -63,7 +64,11 @@ class Cell(nn.Module):
 
     def forward(self, state: State, x: Tensor, context: Any = None) -> tuple[State, Tensor]:
         # The loop calls the module, so PyTorch's hooks see every step of every nested cell.
-        return self.step(state, x, context)
+        record = recording()
+        if record is None:
+            return self.step(state, x, context)
+        with record.inside(self, x):
+            return self.step(state, x, context)
 
     def zeros(self, batch_size: int, *sizes: int) -> Tensor:
         """Zeros (B, *sizes) in the dtype and on the device of the cell's first floating-point parameter."""

@@ -34,6 +34,10 @@ class TrainingError(RecurraError, RuntimeError):
     """Training cannot go on, for a reason the message names."""
 
 
+class TapError(RecurraError, LookupError):
+    """No value, or more than one, goes by that name."""
+
+
 class MissingExtraError(RecurraError, ImportError):
     """An optional package is needed and not installed."""
 

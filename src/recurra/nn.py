@@ -27,7 +27,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from recurra import cells
 from recurra.cell import Cell, State, describe, map_state
 from recurra.errors import RecurraError, ShapeError
-from recurra.unroll import Explanation, Recurrent
+from recurra.explanation import Explanation
+from recurra.unroll import Recurrent
 
 __all__ = ["RNN", "LSTM", "GRU"]
 

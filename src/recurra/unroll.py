@@ -6,7 +6,6 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,22 +13,11 @@ from torch import Tensor, nn
 
 from recurra.cell import Cell, State, describe, detach, leaves, map_state, where_rows
 from recurra.errors import BackendError, ShapeError, suggest
+from recurra.explanation import Explanation
+from recurra.taps import observed
 
 BACKENDS = ("auto", "loop", "hoisted", "compiled")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which path a Recurrent takes, and why. ``schedule`` is what that path runs once, in batches, step by step."""
-
-    asked: str
-    ran: str
-    why: str
-    schedule: str = ""
-
-    def __str__(self) -> str:
-        line = f"backend={self.asked!r} runs {self.ran!r}: {self.why}"
-        return f"{line}\n{self.schedule}" if self.schedule else line
+MEMORY = ("store", "recompute", "sqrt")
 
 
 class FasterPath(Protocol):
@@ -49,8 +37,8 @@ class FasterPath(Protocol):
         reverse: bool,
     ) -> tuple[Tensor, State]: ...
 
-    def explain(self) -> str:
-        """What runs when."""
+    def report(self, cell: Cell) -> Any:
+        """What an Explanation says, under the same names, of a path that ran ``cell``, or will."""
         ...
 
 
@@ -85,7 +73,8 @@ def loop(
         x = torch.where(active[:, :, None], x, filler)
         resets = None if resets is None else resets & active
     ys: list[Tensor] = [x] * T
-    checked = False
+    # PyTorch's compiler cannot count changes.
+    checked = torch.compiler.is_compiling()
     for t in reversed(range(T)) if reverse else range(T):
         if resets is not None:
             state = where_rows(resets[t], fresh, state)
@@ -146,17 +135,22 @@ def _as_carried(new: Tensor, old: Tensor) -> Tensor:
 class Recurrent(nn.Module):
     """A cell over time.
 
-    ``backend``: ``"loop"`` is the reference, one step after another. ``"hoisted"`` traces the step and runs only
-    what depends on the step before step by step, the rest for all steps at once; what draws random numbers in a
-    step then draws others from the same seed, and hooks see a step only when it is traced. ``"compiled"`` is not
-    here yet and is refused. ``"auto"`` is the loop today. ``explain()`` says which, and why.
+    ``backend``: ``"loop"`` is the reference, one step after another. The others trace the step and run only what
+    depends on the step before step by step, the rest for all steps at once: ``"compiled"`` as native code, or it says
+    why not; ``"hoisted"`` as eager steps; ``"auto"`` as native code where that can be, else as eager steps, else
+    as the reference loop. What draws random numbers in a step then draws others from the same seed, hooks on the
+    cell's modules see a step only when it is traced (``"auto"`` takes the reference loop where there are any), and
+    second derivatives go through the reference loop. ``explain()`` says what ran, and why.
+
+    ``memory``: what is kept for the backward pass. ``"store"`` keeps all that it takes, ``"recompute"`` only the
+    carried state of all steps, ``"sqrt"`` the carried state of about sqrt(T) steps.
 
     ``reverse=True`` steps from each row's last valid step to its first; y stays in the order of x.
 
     Raises BackendError for a path that cannot run this cell.
     """
 
-    def __init__(self, cell: Cell, reverse: bool = False, backend: str = "auto") -> None:
+    def __init__(self, cell: Cell, reverse: bool = False, backend: str = "auto", memory: str = "store") -> None:
         super().__init__()
         if not isinstance(cell, Cell):
             raise ShapeError(
@@ -164,8 +158,8 @@ class Recurrent(nn.Module):
             )
         self.cell = cell
         self.reverse = reverse
-        self.backend = backend
-        self._explanation, self._path = choose_backend(backend)
+        self.backend, self.memory = backend, memory
+        self._path = choose_backend(backend, memory)
 
     def forward(
         self,
@@ -194,21 +188,28 @@ class Recurrent(nn.Module):
         lengths = None if lengths is None else _check_lengths(lengths, T, B, x.device)
         resets = None if resets is None else _check_resets(resets, T, B, x.device)
         drawn = self.cell.draw_context(B, context)
-        if T == 0:
-            return x.new_zeros(0, B, output_size(self.cell)), state
         options: dict[str, Any] = {"lengths": lengths, "resets": resets, "fresh": fresh, "reverse": self.reverse}
-        if self._path is not None:
-            return self._path(self.cell, x, state, drawn, given=context, **options)
-        return loop(self.cell, x, state, drawn, **options)
+
+        def run() -> tuple[Tensor, State]:
+            if T == 0:
+                return x.new_zeros(0, B, output_size(self.cell)), state
+            if self._path is not None:
+                return self._path(self.cell, x, state, drawn, given=context, **options)
+            return loop(self.cell, x, state, drawn, **options)
+
+        if torch.compiler.is_compiling():
+            return run()
+        return observed(self, self.cell, run, lengths, self.reverse)
 
     def explain(self) -> Explanation:
-        """Which path runs this cell, and why."""
+        """Which path runs this cell, and why; what it costs. Before the first call the step is traced for this."""
         if self._path is None:
-            return self._explanation
-        return replace(self._explanation, schedule=self._path.explain())
+            return Explanation(self.backend, "loop", "the reference loop was asked for")
+        return Explanation(self.backend, **self._path.report(self.cell)._asdict())
 
     def extra_repr(self) -> str:
-        return f"reverse={self.reverse}, backend={self.backend!r}"
+        memory = "" if self.memory == "store" else f", memory={self.memory!r}"
+        return f"reverse={self.reverse}, backend={self.backend!r}{memory}"
 
     def _check_x(self, x: Tensor) -> tuple[int, int]:
         if x.dim() != 3:
@@ -230,12 +231,12 @@ class Bidirectional(nn.Module):
     The state is the pair (forward state, backward state).
     """
 
-    def __init__(self, forward_cell: Cell, backward_cell: Cell, backend: str = "auto") -> None:
+    def __init__(self, forward_cell: Cell, backward_cell: Cell, backend: str = "auto", memory: str = "store") -> None:
         super().__init__()
         if forward_cell is backward_cell:
             raise ShapeError("the two directions need a cell each, got the same object twice: make a second one")
-        self.ahead = Recurrent(forward_cell, backend=backend)
-        self.back = Recurrent(backward_cell, reverse=True, backend=backend)
+        self.ahead = Recurrent(forward_cell, backend=backend, memory=memory)
+        self.back = Recurrent(backward_cell, reverse=True, backend=backend, memory=memory)
 
     def forward(
         self,
@@ -263,7 +264,7 @@ class Bidirectional(nn.Module):
         return torch.cat([y_ahead, y_back], dim=2), (new_ahead, new_back)
 
     def explain(self) -> Explanation:
-        """Which path runs the two cells, and why."""
+        """Which path runs the forward cell, and why. For the other: ``back.explain()``."""
         return self.ahead.explain()
 
 
@@ -309,27 +310,21 @@ def truncated(
         state = detach(state)
 
 
-def choose_backend(asked: str) -> tuple[Explanation, FasterPath | None]:
-    """The one door to the faster paths: which of them answers to ``asked``, and that path, None for the loop.
+def choose_backend(asked: str, memory: str = "store") -> FasterPath | None:
+    """The one door to the faster paths: the one that answers to ``asked``, None for the loop.
 
     Raises BackendError if there is none.
     """
-    if asked not in BACKENDS:
-        raise BackendError(f"there is no backend {asked!r}: {suggest(asked, BACKENDS)}")
+    for given, known, what in ((asked, BACKENDS, "backend"), (memory, MEMORY, "memory mode")):
+        if given not in known:
+            raise BackendError(f"there is no {what} {given!r}: {suggest(given, known)}")
     if asked == "loop":
-        return Explanation(asked, "loop", "the reference loop was asked for"), None
-    if asked == "auto":
-        why = "nothing faster answers to every cell alike; backend='hoisted' is the faster path to ask for"
-        return Explanation(asked, "loop", why), None
-    if asked == "hoisted":
-        from recurra.compiler import Hoisted
+        if memory != "store":
+            raise BackendError(f"memory={memory!r} is not for the reference loop: use backend='compiled' or 'auto'")
+        return None
+    from recurra.compiler import Traced
 
-        why = "only what depends on the step before runs step by step; second derivatives go through the loop"
-        return Explanation(asked, "hoisted", why), Hoisted(loop)
-    raise BackendError(
-        f"backend={asked!r} is not part of this version, which runs cells in the reference loop or hoisted: "
-        "use backend='hoisted' or 'loop', or 'auto' to leave the choice to recurra"
-    )
+    return Traced(loop, asked, memory)
 
 
 def output_size(cell: Cell) -> int:
@@ -360,13 +355,17 @@ def _check_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torc
         raise ShapeError(
             f"expected lengths ({B},), a whole number for each row, got {tuple(lengths.shape)} {lengths.dtype}"
         )
-    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+    if torch.compiler.is_compiling():
+        # To read a number here would cut the graph in two.
+        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "expected lengths from 0 to T")
+    elif B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
         worst = int(lengths.min()) if int(lengths.min()) < 0 else int(lengths.max())
         raise ShapeError(f"expected lengths from 0 to T={T}, got {worst}")
-    return lengths.to(device=device, dtype=torch.int64)
+    # Native code takes them by their address.
+    return lengths.to(device=device, dtype=torch.int64).contiguous()
 
 
 def _check_resets(resets: Tensor, T: int, B: int, device: torch.device) -> Tensor:
     if resets.dtype != torch.bool or resets.shape != (T, B):
         raise ShapeError(f"expected resets ({T}, {B}) of torch.bool, got {tuple(resets.shape)} of {resets.dtype}")
-    return resets.to(device)
+    return resets.to(device).contiguous()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from recurra.cell import Cell
 from recurra.cells.initial import initialise
+from recurra.taps import tap
 
 
 class GRU(Cell):
@@ -24,6 +25,7 @@ class GRU(Cell):
         y_t = h_t
 
     Cho et al. 2014, in the arrangement of its first version's released code. The state is h (B, H).
+    Taps: ``reset_gate`` r, ``update_gate`` z, (B, H) each.
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -41,8 +43,8 @@ class GRU(Cell):
     def step(self, state: Tensor, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         from_x_r, from_x_z, from_x_n = F.linear(x, self.weight_ih, self.bias).chunk(3, dim=1)
         from_h_r, from_h_z, from_h_n = F.linear(state, self.weight_hh).chunk(3, dim=1)
-        r = torch.sigmoid(from_x_r + from_h_r)
-        z = torch.sigmoid(from_x_z + from_h_z)
+        r = tap("reset_gate", torch.sigmoid(from_x_r + from_h_r))
+        z = tap("update_gate", torch.sigmoid(from_x_z + from_h_z))
         n = torch.tanh(from_x_n + r * (from_h_n + self.bias_hn))
         h = (1 - z) * n + z * state
         return h, h

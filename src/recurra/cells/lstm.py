@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from recurra.cell import Cell
 from recurra.cells.initial import initialise
+from recurra.taps import tap
 
 
 class LSTMState(NamedTuple):
@@ -30,7 +31,8 @@ class LSTM(Cell):
         h_t = sigmoid(o) * tanh(c_t)
         y_t = h_t
 
-    The forget gate's bias begins at 1.
+    The forget gate's bias begins at 1. Taps: ``input_gate``, ``forget_gate``, ``output_gate``, after the sigmoid,
+    and ``cell``, c_t; (B, H) each.
     """
 
     gates = 4
@@ -55,8 +57,11 @@ class LSTM(Cell):
     def step(self, state: LSTMState, x: Tensor, context: Any = None) -> tuple[LSTMState, Tensor]:
         z = F.linear(x, self.weight_ih, self.bias) + F.linear(state.h, self.weight_hh)
         i, f, g, o = z.chunk(4, dim=1)
-        c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
+        i = tap("input_gate", torch.sigmoid(i))
+        f = tap("forget_gate", torch.sigmoid(f))
+        o = tap("output_gate", torch.sigmoid(o))
+        c = tap("cell", f * state.c + i * torch.tanh(g))
+        h = o * torch.tanh(c)
         return LSTMState(h, c), h
 
 

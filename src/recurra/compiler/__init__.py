@@ -1,5 +1,5 @@
 """From one step of a cell to a fast sequence: trace it, find its carries, schedule what need not be in the loop."""
 
-from recurra.compiler.door import Hoisted
+from recurra.compiler.door import Traced
 
-__all__ = ["Hoisted"]
+__all__ = ["Traced"]

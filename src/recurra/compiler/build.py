@@ -104,15 +104,26 @@ class Builder:
         return self.add(Node(Op.CONST, (), 1, number=float(number)))
 
     def matmul(
-        self, x: Value, matrix: int, *, transposed: bool = False, start: int = 0, width: int | None = None
+        self,
+        x: Value,
+        matrix: int,
+        *,
+        transposed: bool = False,
+        start: int = 0,
+        width: int | None = None,
+        top: int = 0,
     ) -> Value:
-        """x @ M or x @ M^T, or ``width`` columns of it from ``start`` on."""
+        """x @ M or x @ M^T, or ``width`` columns of it from ``start`` on; M may have rows before ``top`` and after."""
         columns = self._matrices[matrix][0 if transposed else 1]
         width = columns - start if width is None else width
-        return self.add(Node(Op.MATMUL, (x.place,), width, index=matrix, start=start, transposed=transposed))
+        return self.add(Node(Op.MATMUL, (x.place,), width, index=matrix, start=start, transposed=transposed, top=top))
 
     def slice(self, x: Value, start: int, width: int) -> Value:
         return self.add(Node(Op.SLICE, (x.place,), width, x.node.kind, start=start))
+
+    def gather(self, x: Value, features: Sequence[int]) -> Value:
+        """These features of x, in this order; one may be taken more than once."""
+        return self.add(Node(Op.GATHER, (x.place,), len(features), x.node.kind, features=tuple(features)))
 
     def concat(self, parts: Sequence[Value]) -> Value:
         places = tuple(part.place for part in parts)

@@ -18,7 +18,7 @@ class Form(NamedTuple):
 
     kind: str
     what: Hashable
-    parts: tuple[Form, ...] = ()
+    parts: tuple[Form, ...]
 
 
 def flatten(context: Any) -> tuple[list[Tensor], Form]:
@@ -27,9 +27,9 @@ def flatten(context: Any) -> tuple[list[Tensor], Form]:
     Raises BackendError for anything but tensors, tuples, lists, dictionaries, numbers, text, and None.
     """
     if isinstance(context, Tensor):
-        return [context], Form("tensor", None)
+        return [context], Form("tensor", None, ())
     if context is None or isinstance(context, (bool, int, float, str)):
-        return [], Form("value", (type(context), context))
+        return [], Form("value", (type(context), context), ())
     if isinstance(context, (tuple, list)):
         pieces = [flatten(part) for part in context]
         form = Form("sequence", type(context), tuple(form for _, form in pieces))

@@ -1,53 +1,73 @@
-"""The hoisted path of a Recurrent: what is traced, kept for the next call, refused, and explained.
+"""The faster paths of a Recurrent: what is traced, kept for the next call, refused, and explained.
 
 Legend: T time, B batch, I input, H hidden, O output, D any feature.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from recurra.cell import Cell, State, leaves, map_state
+from recurra.compiler import operator
+from recurra.compiler.autograd import run
 from recurra.compiler.context import Form, find_rows, flatten, rebuild
-from recurra.compiler.hoisted import Call, run
+from recurra.compiler.explain import Details, details
+from recurra.compiler.fingerprint import fingerprint, look
+from recurra.compiler.hoisted import Call
+from recurra.compiler.lower import decompositions
+from recurra.compiler.native import CPU
 from recurra.compiler.plan import Analysis, Plan
+from recurra.compiler.surroundings import TRACING, check, check_hooks, undisturbed
 from recurra.compiler.trace import trace, weights_of
-from recurra.errors import BackendError
+from recurra.errors import BackendError, RecurraError
+from recurra.taps import recording
+
+
+class Report(NamedTuple):
+    """What there is to say about the path of a Recurrent; ``recurra.unroll.Explanation`` has the words."""
+
+    ran: str
+    why: str
+    called: bool
+    schedule: str = ""
+    details: Details | None = None
+
 
 # As many kinds of input are remembered; a cell whose attributes change all the time does not fill the memory.
 _KEPT = 32
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-# What every module has, and how it is called: none of it changes what a step computes.
-_COMMON = frozenset(nn.Module().__dict__)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Hoisted:
-    """Runs a cell over time with everything that is not carried taken out of the time loop.
+class Traced:
+    """Runs a cell over time from a trace of its step, with everything that is not carried out of the time loop.
+
+    ``backend`` is what was asked for. ``"compiled"``: every time loop is native code, or BackendError says why not.
+    ``"hoisted"``: they are loops of eager steps. ``"auto"``: native code where it can be, else eager steps, and where
+    there can be no trace, the reference loop.
 
     A step is traced when it first meets its kind of input: dtypes, devices, features, the form of the context, the
     training mode, the plain attributes of the cell. Lengths, batch size and weights may change freely. ``loop`` is
-    the reference loop, through which second derivatives go.
+    the reference loop, through which second derivatives go; ``memory`` is what is kept for the backward pass.
     """
 
-    def __init__(self, loop: Callable[..., tuple[Tensor, State]]) -> None:
-        self.loop = loop
+    def __init__(self, loop: Callable[..., tuple[Tensor, State]], backend: str, memory: str = "store") -> None:
+        self.loop, self.backend, self.memory = loop, backend, memory
         self._analyses: dict[Hashable, Analysis] = {}
         self._plans: dict[Hashable, Plan] = {}
-        # Tracing lends the cell other weights for a moment.
-        self._lock = threading.Lock()
+        # What ran last: a plan, or why there is none.
+        self._last: Plan | RecurraError | None = None
+        self._refused: dict[Hashable, RecurraError] = {}
+        self.sites: dict[tuple[int, int], operator.Site] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hoisted:
-        return Hoisted(self.loop)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        return Traced(self.loop, self.backend, self.memory)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Hoisted, (self.loop,)
+        return Traced, (self.loop, self.backend, self.memory)
 
     def __call__(
         self,
@@ -66,34 +86,135 @@ class Hoisted:
 
         Raises BackendError where the step cannot be traced, or its rows may meet.
         """
+        options = {"fresh": fresh, "lengths": lengths, "resets": resets, "reverse": reverse}
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self._in_program(cell, x, state, context, given, **options)
+        try:
+            check_hooks(self.backend, cell)
+            parts, form = flatten(context)
+            with TRACING:
+                weights = weights_of(cell)
+                tensors = [x, *weights.values(), *parts, *leaves(state), *leaves(fresh)]
+                check(self.backend, tensors)
+                plan = self._plan(cell, tensors, list(weights), state, context, form, given, x.shape[1])
+        except RecurraError as error:
+            if self.backend != "auto" or self.memory != "store":
+                raise
+            # If the step is wrong, the loop says so with the caller's own shapes.
+            self._last = error
+            return self.loop(cell, x, state, context, **options)
+        self._last = plan
+        return self._run(plan, cell, tensors, list(weights), form, state, **options)
+
+    def _in_program(
+        self,
+        cell: Cell,
+        x: Tensor,
+        state: State,
+        context: Any,
+        given: Any,
+        *,
+        fresh: State,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, State]:
+        """The same as an operator of the program that torch.compile makes."""
+        weights = weights_of(cell)
+        tensors = [x, *weights.values(), *flatten(context)[0], *leaves(state), *leaves(fresh)]
+        site, why, differentiable = operator.find(self, cell, tensors, weights, state, given, context)
+        if why:
+            if self.backend != "auto" or self.memory != "store":
+                raise BackendError(why)
+            return self.loop(cell, x, state, context, fresh=fresh, lengths=lengths, resets=resets, reverse=reverse)
         T, B = x.shape[:2]
-        if torch.compiler.is_compiling():
-            raise BackendError("backend='hoisted' is no part of torch.compile: use backend='loop' inside of it")
         active = None
         if lengths is not None:
-            x, active = fill_padding(x, lengths)
+            tensors[0], active = fill_padding(x, lengths)
             resets = None if resets is None else resets & active
-        parts, form = flatten(context)
-        with self._lock:
-            weights = weights_of(cell)
-            tensors = [x, *weights.values(), *parts, *leaves(state), *leaves(fresh)]
-            plan = self._plan(cell, tensors, list(weights), state, context, form, given, B)
-
-        def again(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return self._again(cell, tensors, list(weights), form, plan, state, lengths, resets, reverse)
-
-        y, *finals = run(Call(plan, T, B, active, resets, reverse, again), tensors)
+        y, *finals = operator.run(site, tensors, lengths, resets, reverse, differentiable)
         y = y.view(T, B, *y.shape[1:])
         if active is not None:
             y = torch.where(active.view(T, B, *[1] * (y.dim() - 2)), y, torch.zeros_like(y))
         rest = iter(finals)
         return y, map_state(lambda _: next(rest), state)
 
-    def explain(self) -> str:
-        """What runs when, for the last kind of input that was met."""
-        if not self._plans:
-            return "the step is traced at its first call"
-        return str(list(self._plans.values())[-1])
+    def _run(
+        self,
+        plan: Plan,
+        cell: Cell,
+        tensors: list[Tensor],
+        names: list[str],
+        form: Form,
+        state: State,
+        *,
+        fresh: State,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, State]:
+        T, B = tensors[0].shape[:2]
+        active = None
+        if lengths is not None:
+            tensors[0], active = fill_padding(tensors[0], lengths)
+            resets = None if resets is None else resets & active
+
+        def again(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return self._again(cell, tensors, names, form, plan, state, lengths, resets, reverse)
+
+        call = Call(plan, T, B, active, resets, reverse, again, lengths)
+        y, *finals = run(call, tensors)
+        y = y.view(T, B, *y.shape[1:])
+        if (record := recording()) is not None:
+            record.values = {name: value.reshape(T, B, *value.shape[1:]) for name, value in call.taps.items()}
+        if active is not None:
+            y = torch.where(active.view(T, B, *[1] * (y.dim() - 2)), y, torch.zeros_like(y))
+        rest = iter(finals)
+        return y, map_state(lambda _: next(rest), state)
+
+    def report(self, cell: Cell) -> Report:
+        """What ran last, why, and its stages; before the first call, what would run."""
+        last = self._last
+        called = last is not None
+        if last is None:
+            try:
+                last = self._rehearse(cell)
+            except RecurraError as error:
+                why = f"the step is traced at its first call; a trial without context was refused: {error}"
+                return Report(self.backend, why, called)
+        if last is None:
+            return Report(self.backend, "the step is traced at its first call", called)
+        if isinstance(last, RecurraError):
+            return Report("loop", str(last), called)
+        found = details(last)
+        if self.backend == "hoisted" or last.refused:
+            why = "only what depends on the step before runs step by step"
+            return Report("hoisted", "; ".join([why, *last.refused]), called, str(last), found)
+        why = "every time loop is native code; second derivatives go through the loop"
+        return Report("compiled", why, called, str(last), found)
+
+    def _rehearse(self, cell: Cell) -> Plan | None:
+        """The plan of a call without context, in the cell's own dtype; None where the cell does not say enough for it.
+
+        Raises RecurraError where the step is refused.
+        """
+        size = getattr(cell, "input_size", None)
+        held = [tensor for tensor in (*cell.parameters(), *cell.buffers()) if tensor.is_floating_point()]
+        like = held[0] if held else torch.empty(0)
+        if not isinstance(size, int) or like.is_meta:
+            return None
+        with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+            try:
+                state, context = cell.initial_state(1), cell.draw_context(1)
+            except Exception:
+                # It takes a context, of a kind that only the caller knows.
+                return None
+        parts, form = flatten(context)
+        with TRACING:
+            weights = weights_of(cell)
+            tensors = [like.new_zeros(1, 1, size), *weights.values(), *parts, *leaves(state), *leaves(state)]
+            check(self.backend, tensors)
+            return self._plan(cell, tensors, list(weights), state, context, form, None, 1)
 
     def _plan(
         self,
@@ -111,32 +232,57 @@ class Hoisted:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (
             tuple(names),
-            tuple(_look(tensor) for tensor in tensors[1 : 1 + len(names)]),
+            tuple(look(tensor) for tensor in tensors[1 : 1 + len(names)]),
             (x.dtype, x.device, x.shape[2:]),
             tuple((leaf.dtype, leaf.device, leaf.shape[1:]) for leaf in leaves(state)),
             form,
-            tuple(_look(part, B) for part in parts),
-            None if given is context else tuple(_look(part, B) for part in flatten(given)[0]),
+            tuple(look(part, B) for part in parts),
+            None if given is context else tuple(look(part, B) for part in flatten(given)[0]),
             autocast,
+            recording() is not None,
             fingerprint(cell),
         )
         learning = torch.is_grad_enabled()
         wanted = tuple(learning and tensor.requires_grad for tensor in tensors)
         plan = self._plans.get((key, wanted))
         if plan is None:
-            if key not in self._analyses:
-                rows = find_rows(cell, B, given, context)
-                self._analyses[key] = Analysis(trace(cell, x[0], state, context, rows))
-            analysis = self._analyses[key]
-            nodes = [analysis.step.x, *analysis.step.weights.values(), *analysis.step.context]
-            count = len(analysis.step.old)
-            starts = wanted[len(nodes) :]
-            first = [starts[k] or starts[count + k] for k in range(count)]
-            asked = frozenset(node for node, want in zip(nodes, wanted, strict=False) if want)
-            plan = self._plans[key, wanted] = Plan(analysis, asked, first)
-            for kept in (self._plans, self._analyses):
-                while len(kept) > _KEPT:
-                    kept.pop(next(iter(kept)))
+            if key in self._refused:
+                raise self._refused[key]
+            try:
+                plan = self._make(key, wanted, cell, x, state, given, context, B)
+            except RecurraError as error:
+                _keep(self._refused, key, error)
+                raise
+            _keep(self._plans, (key, wanted), plan)
+        return plan
+
+    def _make(
+        self,
+        key: Hashable,
+        wanted: Sequence[bool],
+        cell: Cell,
+        x: Tensor,
+        state: State,
+        given: Any,
+        context: Any,
+        B: int,
+    ) -> Plan:
+        native = self.backend != "hoisted"
+        if key not in self._analyses:
+            rows = find_rows(cell, B, given, context)
+            table = decompositions() if native else None
+            with undisturbed():
+                step = trace(cell, x[0], state, context, rows, table, tapped=recording() is not None)
+            _keep(self._analyses, key, Analysis(step))
+        analysis = self._analyses[key]
+        nodes = [analysis.step.x, *analysis.step.weights.values(), *analysis.step.context]
+        count = len(analysis.step.old)
+        starts = wanted[len(nodes) :]
+        first = [starts[k] or starts[count + k] for k in range(count)]
+        asked = frozenset(node for node, want in zip(nodes, wanted, strict=False) if want)
+        plan = Plan(analysis, asked, first, CPU(analysis.rows) if native else None, self.memory)
+        if plan.refused and self.backend == "compiled":
+            raise BackendError(plan.refused[0])
         return plan
 
     def _again(
@@ -170,6 +316,12 @@ class Hoisted:
         return y.flatten(0, 1), *leaves(final)
 
 
+def _keep(kept: dict[Hashable, Any], key: Hashable, thing: Any) -> None:
+    kept[key] = thing
+    while len(kept) > _KEPT:
+        kept.pop(next(iter(kept)))
+
+
 class _OverTime(nn.Module):
     """The reference loop as a module, so that it can be lent weights once for all steps."""
 
@@ -179,48 +331,6 @@ class _OverTime(nn.Module):
 
     def forward(self, x: Tensor, state: State, context: Any, **options: Any) -> tuple[Tensor, State]:
         return self.loop(self.cell, x, state, context, **options)
-
-
-class _Same:
-    """An object as part of a key: equal to itself alone."""
-
-    def __init__(self, thing: object) -> None:
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.thing is self.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
-
-
-def fingerprint(cell: Cell) -> Hashable:
-    """What a traced step depends on, tensors aside: the modules of a cell, their mode, hooks and plain attributes."""
-    found: list[Hashable] = []
-    for module in cell.modules():
-        own = module.__dict__
-        found.append((type(module), module.training))
-        found.extend((name, _frozen(value)) for name, value in own.items() if name not in _COMMON)
-        found.extend(tuple(map(_Same, own[hooks].values())) for hooks in _HOOKS if own[hooks])
-    return tuple(found)
-
-
-def _frozen(value: Any) -> Hashable:
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_frozen, value))
-    if isinstance(value, dict):
-        return dict, tuple((_frozen(key), _frozen(part)) for key, part in value.items())
-    return _Same(value)
-
-
-def _look(tensor: Tensor, batch_size: int | None = None) -> Hashable:
-    """A tensor as part of a key; its first axis may be the batch."""
-    shape: tuple[Any, ...] = tuple(tensor.shape)
-    if batch_size is not None and shape[:1] == (batch_size,):
-        shape = ("B", *shape[1:])
-    return shape, tensor.dtype, tensor.device
 
 
 def fill_padding(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from recurra.compiler.stages import ROWS, Compiled, Run, Values
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a plan: its sizes, which rows are active at which step, where rows begin afresh, the direction."""
+    """One run of a plan: its sizes, which rows are active at which step, where rows begin afresh, the direction.
+
+    The forward pass leaves the values of the plan's taps (T * B, ...) in ``taps``.
+    """
 
     plan: Plan
     T: int
@@ -29,59 +33,40 @@ class Call:
     resets: Tensor | None
     reverse: bool
     again: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    lengths: Tensor | None = None
+    taps: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def steps(self) -> range:
         return range(self.T - 1, -1, -1) if self.reverse else range(self.T)
 
+    def part(self, span: slice) -> Call:
+        """The same run over some of its steps only."""
 
-def run(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """y (T * B, O) and the leaves of the final state, of ``tensors``, which are x (T, B, I), the weights and the
-    context of the plan, the leaves of the state and the leaves of the fresh state."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        results: tuple[Tensor, ...] = _apply(call, *tensors)
-        return results
-    with torch.no_grad():
-        y, finals, _ = forward(call, tensors)
-        return tuple(_own([y, *finals], tensors))
+        def cut(mask: Tensor | None) -> Tensor | None:
+            return None if mask is None else mask[span]
 
+        steps = span.stop - span.start
+        lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, steps)
+        return replace(self, T=steps, active=cut(self.active), resets=cut(self.resets), lengths=lengths, taps={})
 
-class _OverTime(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        y, finals, saved = forward(call, tensors)
-        ctx.call, ctx.count = call, len(tensors)
-        ctx.save_for_backward(*tensors, *saved)
-        results = _own([y, *finals], [*tensors, *saved])
-        ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
-        return tuple(results)
+    @cached_property
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """The places (T * B) of steps that a row does not take, and for each that of the last one it does, or of the
+        first step where it takes none."""
+        assert self.lengths is not None
+        lengths = self.lengths.clamp(min=1)
+        places = (torch.arange(self.T)[:, None] >= lengths).flatten().nonzero()[:, 0]
+        row = places % self.B
+        return places, (lengths[row] - 1) * self.B + row
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        wanted = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            return None, *_again(ctx.call, tensors, wanted, gradients)
-        return None, *backward(ctx.call, tensors, saved, gradients, wanted)
-
-
-# PyTorch's own method has no types.
-_apply: Callable[..., tuple[Tensor, ...]] = _OverTime.apply
-
-
-def _again(
-    call: Call, tensors: Sequence[Tensor], wanted: Sequence[bool], gradients: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients through the reference loop, so that they can be differentiated in their turn."""
-    # An alias for each, as one tensor may have been given in two places.
-    tensors = [t.view_as(t) if w else t for t, w in zip(tensors, wanted, strict=True)]
-    results = call.again(tensors)
-    pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if r.requires_grad]
-    ends = [tensor for tensor, w in zip(tensors, wanted, strict=True) if w]
-    found = iter(
-        torch.autograd.grad([r for r, _ in pairs], ends, [g for _, g in pairs], create_graph=True, allow_unused=True)
-    )
-    return [next(found) if w else None for w in wanted]
+    def first_reset(self) -> Tensor:
+        """(B,): whether a row starts afresh before the first of its steps."""
+        assert self.resets is not None
+        if not self.reverse or self.lengths is None:
+            return self.resets[self.steps[0]]
+        last = (self.lengths - 1).clamp(min=0)
+        return self.resets.gather(0, last[None])[0]
 
 
 def forward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -92,12 +77,15 @@ def forward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]
     finals = list(state)
     with _no_autocast(x):
         for compiled, forget in zip(plan.ahead.stages, plan.ahead.forget, strict=True):
-            if compiled.stage.kind == LOOP:
+            if compiled.native is not None:
+                compiled.native.forward(call, values, finals, fresh)
+            elif compiled.stage.kind == LOOP:
                 _loop_forward(call, compiled, values, finals, fresh)
             else:
                 _stage(call, compiled, values)
             values.drop(forget)
         y = values.batched(step.y)
+        call.taps.update({name: values.batched(node) for name, node in step.taps.items()})
         return y, finals, [values.get(node) for node in plan.saved]
 
 
@@ -120,7 +108,9 @@ def backward(
     begun: list[Tensor | None] = [None] * len(carried)
     with _no_autocast(x):
         for compiled, forget in zip(plan.back.stages, plan.back.forget, strict=True):
-            if compiled.stage.kind == LOOP:
+            if compiled.native is not None:
+                compiled.native.backward(call, values, carried, begun)
+            elif compiled.stage.kind == LOOP:
                 _loop_backward(call, compiled, values, carried, begun)
             else:
                 _stage(call, compiled, values)
@@ -141,18 +131,6 @@ def backward(
     return [result if want else None for result, want in zip(results, wanted, strict=True)]
 
 
-def _own(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """Results that share their memory with nothing else, as their owner may write on them, or keep them for long."""
-    taken = {tensor.untyped_storage().data_ptr() for tensor in others}
-    own = []
-    for result in results:
-        storage = result.untyped_storage()
-        shared = storage.data_ptr() in taken or storage.nbytes() != result.numel() * result.element_size()
-        taken.add(storage.data_ptr())
-        own.append(result.clone() if shared or result._is_view() else result)
-    return own
-
-
 def _sort(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """x, weights and context, state, fresh state."""
     count = len(plan.step.old)
@@ -162,7 +140,8 @@ def _sort(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tenso
 
 def _given(call: Call, x: Tensor, inputs: Sequence[Tensor]) -> Values:
     plan = call.plan
-    values = Values(Run(call.T, call.B), plan.analysis.rows)
+    functions = None if plan.backend is None else plan.backend.functions
+    values = Values(Run(call.T, call.B), plan.analysis.rows, functions)
     values.put(plan.step.x, ROWS, x.reshape(call.T * call.B, x.shape[2]))
     for node, tensor in zip(plan.analysis.inputs, [*inputs, *plan.step.constants.values()], strict=True):
         values.put(node, ONCE, tensor)
@@ -234,7 +213,7 @@ def _loop_backward(
             afresh = [a + torch.where(m[t], g, z) for a, m, g, z in zip(afresh, resets, gradient, zeros, strict=True)]
             gradient = [torch.where(m[t], z, g) for m, g, z in zip(resets, gradient, zeros, strict=True)]
     for k, leaf, start in zip(numbers, gradient, afresh, strict=True):
-        carried[k], begun[k] = leaf, start
+        carried[k], begun[k] = leaf, None if resets is None else start
     values.join(list(kept), [column for _, column in kept.values()])
 
 

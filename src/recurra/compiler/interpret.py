@@ -5,6 +5,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -56,9 +57,12 @@ def _value(node: Node, args: list[Array], operands: Operands, state: list[Array]
         case Op.MATMUL:
             matrix = operands.matrices[node.index]
             matrix = matrix.T if node.transposed else matrix
-            return np.asarray(args[0] @ matrix[:, node.start : node.start + node.width])
+            rows = matrix[node.top : node.top + args[0].shape[1]]
+            return np.asarray(args[0] @ rows[:, node.start : node.start + node.width])
         case Op.SLICE:
             return np.asarray(args[0][:, node.start : node.start + node.width])
+        case Op.GATHER:
+            return np.asarray(args[0][:, list(node.features)])
         case Op.CONCAT:
             return np.asarray(np.concatenate(args, axis=1))
         case Op.BROADCAST:
@@ -82,6 +86,10 @@ def _log_sigmoid(x: Array) -> Array:
     return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
 
 
+def _erf(x: Array) -> Array:
+    return np.asarray(np.vectorize(math.erf, otypes=[float])(x), np.asarray(x).dtype)
+
+
 FUNCTIONS: dict[Op, Callable[..., Array]] = {
     Op.ADD: np.add,
     Op.SUB: np.subtract,
@@ -97,6 +105,12 @@ FUNCTIONS: dict[Op, Callable[..., Array]] = {
     Op.TANH: np.tanh,
     Op.SIGMOID: _sigmoid,
     Op.LOG_SIGMOID: _log_sigmoid,
+    Op.SIN: np.sin,
+    Op.COS: np.cos,
+    Op.ATAN: np.arctan,
+    Op.ERF: _erf,
+    Op.ROUND: np.round,
+    Op.FLOOR: np.floor,
     Op.LT: np.less,
     Op.LE: np.less_equal,
     Op.GT: np.greater,

@@ -40,6 +40,7 @@ class Op(Enum):
     CONST = "const"
     MATMUL = "matmul"
     SLICE = "slice"
+    GATHER = "gather"
     CONCAT = "concat"
     BROADCAST = "broadcast"
     SUM = "sum"
@@ -58,6 +59,12 @@ class Op(Enum):
     TANH = "tanh"
     SIGMOID = "sigmoid"
     LOG_SIGMOID = "log_sigmoid"
+    SIN = "sin"
+    COS = "cos"
+    ATAN = "atan"
+    ERF = "erf"
+    ROUND = "round"
+    FLOOR = "floor"
     POW = "pow"
     LT = "lt"
     LE = "le"
@@ -77,7 +84,8 @@ REDUCTIONS = frozenset({Op.SUM, Op.MAX})
 COMPARISONS = frozenset({Op.LT, Op.LE, Op.GT, Op.GE, Op.EQ, Op.NE})
 LOGIC = frozenset({Op.AND, Op.OR, Op.NOT})
 UNARY = frozenset(
-    {Op.NEG, Op.ABS, Op.SQRT, Op.EXP, Op.LOG, Op.TANH, Op.SIGMOID, Op.LOG_SIGMOID, Op.POW, Op.NOT},
+    {Op.NEG, Op.ABS, Op.SQRT, Op.EXP, Op.LOG, Op.TANH, Op.SIGMOID, Op.LOG_SIGMOID, Op.SIN, Op.COS}
+    | {Op.ATAN, Op.ERF, Op.ROUND, Op.FLOOR, Op.POW, Op.NOT},
 )
 POINTWISE = UNARY | COMPARISONS | LOGIC | {Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM, Op.WHERE}
 
@@ -93,8 +101,9 @@ class Kind(Enum):
 class Node:
     """One value of width D, and how it comes from earlier ones (``args``, their places in ``Program.nodes``).
 
-    index: which carry, input, row, vector or matrix. start: the first feature of a slice, the first column of
-    a matrix. transposed: the product is with the matrix's transpose. number: of a constant; the exponent of pow.
+    index: which carry, input, row, vector or matrix. transposed: the product is with the matrix's transpose.
+    start: the first feature of a slice; the first column of a matrix, once it is transposed, and top its first row.
+    features: those that a gather takes, in its order. number: of a constant; the exponent of pow.
     """
 
     op: Op
@@ -105,6 +114,8 @@ class Node:
     start: int = 0
     transposed: bool = False
     number: float = 0.0
+    top: int = 0
+    features: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         args = "".join(f" %{arg}" for arg in self.args)
@@ -113,6 +124,10 @@ class Node:
             notes.append(f"index={self.index}")
         if self.start:
             notes.append(f"start={self.start}")
+        if self.top:
+            notes.append(f"top={self.top}")
+        if self.features:
+            notes.append(f"features={','.join(map(str, self.features))}")
         if self.transposed:
             notes.append("transposed")
         if self.op in (Op.CONST, Op.POW):
@@ -191,6 +206,8 @@ def parse(text: str) -> Program:
                 start=int(notes.get("start", 0)),
                 transposed="transposed" in notes,
                 number=float(notes.get("number", 0)),
+                top=int(notes.get("top", 0)),
+                features=tuple(int(each) for each in notes.get("features", "").split(",") if each),
             )
         )
 

@@ -20,17 +20,20 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from recurra.compiler.build import Builder, Value
+from recurra.compiler.features import Features, refusal
 from recurra.compiler.ir import Node, Op, Program
-from recurra.compiler.operations import POINTWISE, as_bool, as_float
+from recurra.compiler.operations import POINTWISE, as_bool, as_float, truncated
+from recurra.compiler.passes import drop_unused, optimise
 from recurra.compiler.rows import Rows
-from recurra.compiler.rules import RULES, refusal
-from recurra.compiler.stages import Compiled
+from recurra.compiler.rules import ADVICE, MOVES, MOVING, RULES
+from recurra.compiler.stages import ROWS, Compiled
+from recurra.errors import BackendError
 
 _aten = torch.ops.aten
-# The same numbers of each row, whatever its axes.
+# The same features in the same order.
 _SAME = {
-    _aten.view, _aten._unsafe_view, _aten.reshape, _aten.unsqueeze, _aten.squeeze, _aten.permute, _aten.transpose,
-    _aten.t, _aten.expand, _aten.clone, _aten.alias, _aten.detach, _aten._to_copy, _aten.lift_fresh_copy,
+    _aten.view, _aten._unsafe_view, _aten.reshape, _aten.unsqueeze, _aten.squeeze, _aten.clone, _aten.alias,
+    _aten.detach, _aten._to_copy, _aten.lift_fresh_copy,
 }  # fmt: skip
 _TURNS = {_aten.t, _aten.transpose, _aten.permute}
 # What the core table leaves whole, and no rule is needed for once it is taken apart.
@@ -43,6 +46,7 @@ class Lowered:
 
     An operand is the value of its node, converted to the type of the carries and reshaped: the batch first, then
     the features; a matrix to the shape that the program declares. An output is converted and reshaped back.
+    ``sunk`` are nodes from before the loop that it calculates itself.
     """
 
     program: Program
@@ -52,45 +56,58 @@ class Lowered:
     vectors: tuple[fx.Node, ...]
     matrices: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    sunk: tuple[fx.Node, ...] = ()
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The table with which to trace a step that is to be lowered: all but what there is a rule for is taken apart."""
     core = torch._decomp.core_aten_decompositions()
     table: dict[Any, Callable[..., Any]] = {**core, **torch._decomp.get_decompositions(_MORE)}
-    rules = POINTWISE.keys() | RULES.keys()
+    # Taken apart, the gradient of an embedding is no sum over the rows any more.
+    rules = POINTWISE.keys() | RULES.keys() | {_aten.embedding_dense_backward}
     return {t: how for t, how in table.items() if not {t, getattr(t, "overloadpacket", t)} & rules}
 
 
-def lower(compiled: Compiled, rows: Mapping[fx.Node, Rows | None]) -> Lowered:
+def lower(
+    compiled: Compiled,
+    rows: Mapping[fx.Node, Rows | None],
+    forms: Mapping[fx.Node, str] | None = None,
+    free: frozenset[fx.Node] = frozenset(),
+) -> Lowered:
     """The program of a loop stage, forward or backward. ``rows`` says where the batch lies in every value.
+
+    Of the nodes in ``free``, which nobody else needs, the loop calculates itself what is pointwise or only moves
+    features: so they need not be written to memory and read again. ``forms`` then has the form of every value.
 
     Raises BackendError, with the operation and the user's line, for what the loop IR has no words for.
     """
-    return Lowering(compiled, rows).run()
+    return Lowering(compiled, rows, forms or dict.fromkeys(compiled.slices, ROWS), free).run()
 
 
-class Lowering:
+class Lowering(Features):
     """One loop on its way to a program, as the rules see it."""
 
-    def __init__(self, compiled: Compiled, rows: Mapping[fx.Node, Rows | None]) -> None:
-        self.compiled, self.rows = compiled, rows
+    def __init__(
+        self,
+        compiled: Compiled,
+        rows: Mapping[fx.Node, Rows | None],
+        forms: Mapping[fx.Node, str],
+        free: frozenset[fx.Node],
+    ) -> None:
+        self.compiled, self.rows, self.forms, self.free = compiled, rows, forms, free
         self.b = Builder()
         count = len(compiled.stage.carries)
         self.old, self.new = compiled.inputs[:count], compiled.outputs[:count]
-        self.by_step = set(compiled.slices)
         self.mine = set(compiled.stage.nodes)
         self.dtype = self.old[0].meta["val"].dtype
         self.values: dict[fx.Node, Value | tuple[Value, ...]] = {}
         self.operands: dict[str, list[fx.Node]] = {"input": [], "row": [], "vector": [], "matrix": []}
+        self.sunk: list[fx.Node] = []
 
     def run(self) -> Lowered:
         for old, new in zip(self.old, self.new, strict=True):
             if old.meta["val"].dtype is not self.dtype or self.dtype not in (torch.float32, torch.float64):
                 raise refusal(new, f"{old.name} is {old.meta['val'].dtype}, not all carries are float32, or float64")
-            if len(self.features(old)) > 1:
-                shape = ", ".join(map(str, old.meta["val"].shape[1:]))
-                raise refusal(new, f"{old.name} is (B, {shape}), and a carry is (B, D)")
             self.values[old] = self.b.carry(self.width(old))
         for node in self.compiled.stage.nodes:
             self.values[node] = self.lowered(node)
@@ -100,23 +117,14 @@ class Lowering:
             value = self.number(node)
             # Two names for one value are two outputs.
             outputs.append(self.own(value) if value in outputs else value)
-        program = self.b.finish(outputs, [self.number(node) for node in self.new])
-        inputs, rows, vectors, matrices = (tuple(nodes) for nodes in self.operands.values())
-        return Lowered(program, self.old, inputs, rows, vectors, matrices, tuple(kept))
+        program = optimise(self.b.finish(outputs, [self.number(node) for node in self.new]))
+        program, used = drop_unused(program)
+        inputs, rows, vectors, matrices = (
+            tuple(nodes[index] for index in used[kind]) for kind, nodes in self.operands.items()
+        )
+        return Lowered(program, self.old, inputs, rows, vectors, matrices, tuple(kept), tuple(self.sunk))
 
     # --- values ---
-
-    def features(self, node: fx.Node) -> list[int]:
-        """The axes of features of a tensor; an axis of one entry is none."""
-        shape, rows = node.meta["val"].shape, self.rows[node]
-        return [axis for axis, size in enumerate(shape) if size != 1 and (rows is None or axis != rows.axis)]
-
-    def width(self, node: fx.Node) -> int:
-        """The number of features of each row."""
-        rows = self.rows[node]
-        if rows is not None and rows.factor != 1:
-            raise refusal(node, f"{node.name} has {rows.factor} entries of its batch axis for each row")
-        return prod(node.meta["val"].shape[axis] for axis in self.features(node))
 
     def value(self, node: fx.Node) -> Value:
         """A tensor as a value of the program."""
@@ -140,17 +148,47 @@ class Lowering:
         if node.target in (_aten.full.default, _aten.scalar_tensor.default):
             number: Any = node.args[-1]
             return self.settled(node, self.b.constant(float(number)))
+        if (sunk := self.sink(node)) is not None:
+            return sunk
         width, rows = self.width(node), self.rows[node]
         if node.meta["val"].is_complex():
             raise refusal(node, f"{node.name} is {node.meta['val'].dtype}")
-        if node in self.by_step:
+        if self.forms.get(node) == ROWS:
             return self.settled(node, self.leaf("input", node, self.b.input(width)))
         if rows is None:
             return self.settled(node, self.leaf("vector", node, self.b.vector(width)))
         source = node.all_input_nodes[0] if node.target is _aten.expand.default else node
         if source is not node and _is_given(source) and self.rows[source] is None:
-            return self.settled(node, self.value(source))
+            return self.settled(node, self.spread(source, self.shape(node)))
         return self.settled(node, self.leaf("row", node, self.b.row(width)))
+
+    def sink(self, node: fx.Node) -> Value | None:
+        """A value from before the loop, calculated in it, where that is cheaper than to read it."""
+        if node not in self.free:
+            return None
+        target: Any = node.target
+        packet = target.overloadpacket if isinstance(target, OpOverload) else target
+        moves = packet in _SAME or packet in MOVES or target is operator.getitem
+        by_step = self.forms.get(node) == ROWS
+        if not moves and not (by_step and (packet in POINTWISE or target in POINTWISE)):
+            return None
+        dtype = node.meta["val"].dtype
+        if by_step and dtype not in (torch.bool, self.dtype):
+            return None
+        before = dict(self.values)
+        try:
+            if target is operator.getitem:
+                source = node.all_input_nodes[0]
+                if source not in self.free or _packet(source) not in MOVES:
+                    return None
+                if source not in self.values:
+                    self.values[source] = self.lowered(source)
+            found = self.lowered(node)
+        except BackendError:
+            self.values = before
+            return None
+        self.sunk.append(node)
+        return found if isinstance(found, Value) else None
 
     def leaf(self, kind: str, node: fx.Node, value: Value) -> Value:
         self.operands[kind].append(node)
@@ -159,7 +197,10 @@ class Lowering:
     def settled(self, node: fx.Node, value: Value) -> Value:
         """The value in the kind and the width that the node has."""
         dtype = node.meta["val"].dtype
-        if node in self.mine and dtype not in (torch.bool, self.dtype):
+        # Whole numbers are indices; they and truth values are the same in any type.
+        exact = node.target is _aten._to_copy.default and not node.all_input_nodes[0].meta["val"].is_floating_point()
+        other = dtype.is_complex or (dtype.is_floating_point and dtype is not self.dtype and not exact)
+        if node in self.mine and other:
             raise refusal(node, f"it gives {dtype} where the carries are {self.dtype}")
         kind = as_bool if dtype is torch.bool else as_float
         found = kind(self.b, value)
@@ -179,17 +220,25 @@ class Lowering:
         packet = target.overloadpacket if isinstance(target, OpOverload) else target
         if packet in _SAME:
             return self.settled(node, self.same(node, node.all_input_nodes[0]))
+        if packet in MOVES or packet in MOVING:
+            moved = self.moved(node)
+            return moved if isinstance(moved, tuple) else self.settled(node, moved)
         rule: Callable[..., Any]
         first: tuple[Any, ...]
         if packet in RULES:
             rule, first, args, named = RULES[packet], (self, node), node.args, node.kwargs
         elif packet in POINTWISE or target in POINTWISE:
             rule, first = POINTWISE[packet if packet in POINTWISE else target], (self.b,)
-            self.check_alike(node)
-            args = tuple(self.argument(node, a) for a in node.args)
-            named = {name: self.argument(node, a) for name, a in node.kwargs.items()}
+            tensors = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), Tensor)]
+            shape = torch.broadcast_shapes(*(self.shape(operand) for operand in tensors))
+            args = tuple(self.argument(node, a, shape) for a in node.args)
+            named = {name: self.argument(node, a, shape) for name, a in node.kwargs.items()}
+            kind = node.meta["val"].dtype if isinstance(node.meta["val"], Tensor) else self.dtype
+            selects = packet in (_aten.where, _aten.maximum, _aten.minimum)
+            if not kind.is_floating_point and kind is not torch.bool and not selects:
+                raise refusal(node, "it calculates with whole numbers: convert them to the type of the state first")
         else:
-            raise refusal(node, "there is no rule for this operation")
+            raise refusal(node, ADVICE.get(packet, "there is no rule for this operation"))
         try:
             inspect.signature(rule).bind(*first, *args, **named)
         except TypeError:
@@ -197,90 +246,71 @@ class Lowering:
         result = rule(*first, *args, **named)
         return result if isinstance(result, tuple) else self.settled(node, result)
 
-    def argument(self, node: fx.Node, argument: Any) -> Any:
+    def argument(self, node: fx.Node, argument: Any, shape: Sequence[int]) -> Any:
+        """An argument of a pointwise operation that works on tensors of this shape."""
         if isinstance(argument, fx.Node):
-            return self.value(argument)
-        if argument is None or isinstance(argument, (bool, int, float)):
-            return argument if argument is None else float(argument)
+            return self.spread(argument, shape)
+        if argument is None or isinstance(argument, (bool, int, float, str)):
+            return float(argument) if isinstance(argument, (bool, int)) else argument
         raise refusal(node, f"an argument of it is {argument!r}")
 
     # --- features ---
 
     def same(self, node: fx.Node, source: fx.Node) -> Value:
         """The source, of which the node is a view or a copy that has the features in the same order."""
-        order = _order(node, source)
-        if order is not None:
-            axes = [axis for axis in order if axis in self.features(source)]
-            if axes != sorted(axes):
-                raise refusal(node, "it changes the order of the features")
-        return self.value(source)
-
-    def check_alike(self, node: fx.Node) -> None:
-        """Operands of a pointwise operation have the features of its result, or one."""
-        sizes = [self.width(operand) for operand in node.all_input_nodes]
-        odd = [size for size in sizes if size not in (1, max(sizes))]
-        if odd or (isinstance(node.meta["val"], Tensor) and max(sizes) != self.width(node)):
-            raise refusal(node, f"it spreads {(odd or sizes)[0]} features of each row over more")
-
-    def inner(self, source: fx.Node, node: fx.Node, axis: int) -> int:
-        """How many neighbouring features there are for each entry of an axis of the source."""
-        shape, axes = source.meta["val"].shape, self.features(source)
-        axis %= len(shape)
-        rows = self.rows[source]
-        if rows is not None and axis == rows.axis:
-            raise refusal(node, "it works along the batch")
-        if any(before < axis for before in axes):
-            raise refusal(node, "it takes features that are no neighbours")
-        return prod(shape[after] for after in axes if after > axis)
-
-    def cut(self, source: fx.Node, node: fx.Node, axis: int, start: int, size: int) -> Value:
-        """``size`` entries of an axis, from ``start`` on."""
-        value, shape = self.value(source), source.meta["val"].shape
-        if size == shape[axis]:
-            return value
-        inner = self.inner(source, node, axis)
-        return self.b.slice(value, start * inner, size * inner)
-
-    def paste(self, base: Value, part: Value, node: fx.Node, axis: int, start: int) -> Value:
-        """``base``, like the node, with ``part`` in place of what it has from ``start`` on of an axis."""
-        begin = start * self.inner(node, node, axis)
-        stop = begin + part.width
-        parts = [base[:begin]] if begin else []
-        parts += [part] + ([base[stop:]] if stop < base.width else [])
-        return self.b.concat(parts) if len(parts) > 1 else part
-
-    def over_features(self, node: fx.Node, source: fx.Node, axes: Sequence[int] | int | None) -> bool:
-        """Whether a reduction over ``axes`` is over the features."""
-        dimensions, rows = source.meta["val"].dim(), self.rows[source]
-        every = range(dimensions) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes
-        given = {axis % dimensions for axis in every}
-        if rows is not None and rows.axis in given:
-            raise refusal(node, "it works along the batch")
-        features = set(self.features(source))
-        if given & features and not given >= features:
-            raise refusal(node, "it works along some features of a row at a time")
-        return bool(given & features)
+        dtype = node.meta["val"].dtype
+        whole = not dtype.is_floating_point and dtype is not torch.bool and source.meta["val"].is_floating_point()
+        return truncated(self.b, self.number(source)) if whole else self.value(source)
 
     def product(self, node: fx.Node, a: fx.Node, m: fx.Node) -> Value:
-        """a @ m, of which one is constant over time and the same for all rows."""
-        left, right = self.rows[a], self.rows[m]
-        dimensions = node.meta["val"].dim()
-        self.width(node)
-        if any(prod(factor.meta["val"].shape[:-2]) != 1 for factor in (a, m)):
-            raise refusal(node, "it is more than one product")
-        if left is not None and right is None and left.axis == dimensions - 2:
-            return self.times(self.number(a), m, False)
-        if right is not None and left is None and right.axis == dimensions - 1:
-            return self.times(self.number(m), a, True)
-        raise refusal(node, "neither factor is a matrix that is the same at all steps and for all rows")
+        """a @ m. The best is when one of them is the same at all steps and for all rows."""
+        if self.rows[node] is None:
+            raise refusal(node, "the rows of the batch meet in it")
+        heads, n, k = (1, *self.shape(a))[-3:]
+        p = self.shape(m)[-1]
+        left, right = self.numbers(a, 1).view(heads, n, k), self.numbers(m, 1).view(heads, k, p)
+        if (matrix := self.shared(m)) is not None:
+            x = self.number(a)
+            rows = [(head, row) for head in range(heads) for row in left[head]]
+            return self.join([self.times(self.pick([x], r.tolist()), matrix, head, False, p) for head, r in rows])
+        if (matrix := self.shared(a)) is not None:
+            x = self.number(m)
+            columns = [(head, column) for head in range(heads) for column in right[head].T]
+            found = [self.times(self.pick([x], c.tolist()), matrix, head, True, n) for head, c in columns]
+            order = torch.arange(1, heads * p * n + 1).view(heads, p, n).transpose(1, 2)
+            return self.pick([self.join(found)], order.flatten().tolist())
+        shape = (k, heads, n, p)
+        x = self.pick([self.number(a)], left.permute(2, 0, 1)[..., None].expand(shape).flatten().tolist())
+        y = self.pick([self.number(m)], right.permute(1, 0, 2)[:, :, None].expand(shape).flatten().tolist())
+        return self.total(self.b.apply(Op.MUL, x, y), k)
 
-    def times(self, x: Value, matrix: fx.Node, transposed: bool) -> Value:
+    def shared(self, matrix: fx.Node) -> fx.Node | None:
+        """What the matrix, or each of a batch of them, is, where that is the same at all steps and for all rows."""
+        node = matrix
+        while self.rows[node] is not None and node not in self.mine and _packet(node) in _SAME | {_aten.expand}:
+            node = node.all_input_nodes[0]
+        if self.rows[node] is not None or node in self.mine:
+            return None
+        alike = self.width(node) == self.width(matrix) and self.shape(node)[-2:] == self.shape(matrix)[-2:]
+        return node if alike else None
+
+    def times(self, x: Value, matrix: fx.Node, head: int, transposed: bool, width: int) -> Value:
+        """x @ M or x @ M^T, of one of a batch of matrices."""
         source, turned = _turned_back(matrix)
+        rows, columns = source.meta["val"].shape[-2:]
         matrices = self.operands["matrix"]
         if source not in matrices:
             matrices.append(source)
-            self.b.matrix(*source.meta["val"].shape[-2:])
-        return self.b.matmul(x, matrices.index(source), transposed=transposed != turned)
+            self.b.matrix(prod(source.meta["val"].shape[:-1]), columns)
+        index = matrices.index(source)
+        if transposed != turned:
+            return self.b.matmul(x, index, transposed=True, start=head * rows, width=width)
+        return self.b.matmul(x, index, top=head * rows, width=width)
+
+
+def _packet(node: fx.Node) -> Any:
+    target: Any = node.target
+    return target.overloadpacket if isinstance(target, OpOverload) else target
 
 
 def _is_given(node: fx.Node) -> bool:

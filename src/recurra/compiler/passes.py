@@ -41,10 +41,15 @@ class _Rewriter:
     def run(self, rewrite: Callable[[Node], int]) -> Program:
         for place, node in enumerate(self.program.nodes):
             self.places[place] = rewrite(renumber(node, self.places))
+        outputs: list[int] = []
+        for place in (self.places[each] for each in self.program.outputs):
+            # An output that has become equal to another one keeps a node of its own.
+            twin = place in outputs
+            outputs.append(self.add(Node(Op.SLICE, (place,), self.nodes[place].width)) if twin else place)
         return replace(
             self.program,
             nodes=tuple(self.nodes),
-            outputs=tuple(self.places[place] for place in self.program.outputs),
+            outputs=tuple(outputs),
             new=tuple(self.places[place] for place in self.program.new),
         )
 
@@ -61,8 +66,23 @@ def drop_dead(program: Program) -> Program:
     )
 
 
+def drop_unused(program: Program) -> tuple[Program, dict[str, list[int]]]:
+    """Without the inputs, rows, vectors and matrices that nothing reads; and of each kind, the numbers of the rest."""
+    ops = {"input": Op.INPUT, "row": Op.ROW, "vector": Op.VECTOR, "matrix": Op.MATMUL}
+    used = {kind: sorted({node.index for node in program.nodes if node.op is op}) for kind, op in ops.items()}
+    at = {(op, old): new for kind, op in ops.items() for new, old in enumerate(used[kind])}
+    return replace(
+        program,
+        inputs=tuple(program.inputs[k] for k in used["input"]),
+        rows=tuple(program.rows[k] for k in used["row"]),
+        vectors=tuple(program.vectors[k] for k in used["vector"]),
+        matrices=tuple(program.matrices[k] for k in used["matrix"]),
+        nodes=tuple(replace(node, index=at.get((node.op, node.index), node.index)) for node in program.nodes),
+    ), used
+
+
 def share(program: Program) -> Program:
-    """Without common subexpressions. An output that equals another one keeps a node of its own."""
+    """Without common subexpressions."""
     rewriter = _Rewriter(program)
     known: dict[object, int] = {}
 
@@ -73,16 +93,7 @@ def share(program: Program) -> Program:
             known[key] = rewriter.add(node)
         return known[key]
 
-    shared = rewriter.run(rewrite)
-    if len(set(shared.outputs)) == len(shared.outputs):
-        return shared
-    outputs, nodes = [], list(shared.nodes)
-    for place in shared.outputs:
-        if place in outputs:
-            nodes.append(Node(Op.SLICE, (place,), nodes[place].width))
-            place = len(nodes) - 1
-        outputs.append(place)
-    return replace(shared, nodes=tuple(nodes), outputs=tuple(outputs))
+    return rewriter.run(rewrite)
 
 
 def simplify(program: Program) -> Program:
@@ -97,10 +108,12 @@ def simplify(program: Program) -> Program:
         place += 1
         args = [nodes[arg] for arg in node.args]
         if node.op is Op.SLICE:
-            # An output that is a whole value again stands apart from it; share() made it so.
+            # An output that is a whole value again stands apart from it; _Rewriter made it so.
             if node.width == args[0].width:
                 return rewriter.add(node) if place in outputs else node.args[0]
             return _slice(rewriter, node.args[0], node.start, node.width)
+        if node.op is Op.GATHER:
+            return _gather(rewriter, node.args[0], node.features)
         if node.op is Op.BROADCAST and (node.width == 1 or args[0].op is Op.BROADCAST):
             inner = node.args[0] if node.width == 1 else args[0].args[0]
             return inner if node.width == 1 else rewriter.add(replace(node, args=(inner,)))
@@ -122,6 +135,8 @@ def _slice(rewriter: _Rewriter, place: int, start: int, width: int) -> int:
         return place
     if source.op is Op.SLICE:
         return _slice(rewriter, source.args[0], source.start + start, width)
+    if source.op is Op.GATHER:
+        return _gather(rewriter, source.args[0], source.features[start : start + width])
     if source.op is Op.BROADCAST:
         return rewriter.add(replace(source, width=width)) if width > 1 else source.args[0]
     if source.op is Op.CONCAT:
@@ -134,6 +149,29 @@ def _slice(rewriter: _Rewriter, place: int, start: int, width: int) -> int:
             at += size
         return parts[0] if len(parts) == 1 else rewriter.add(Node(Op.CONCAT, tuple(parts), width, source.kind))
     return rewriter.add(Node(Op.SLICE, (place,), width, source.kind, start=start))
+
+
+def _gather(rewriter: _Rewriter, place: int, features: tuple[int, ...]) -> int:
+    """These features of a value, reaching through what only moves features."""
+    source, first, width = rewriter.nodes[place], features[0], len(features)
+    if features == tuple(range(first, first + width)):
+        return _slice(rewriter, place, first, width)
+    if len(set(features)) == 1:
+        return rewriter.add(Node(Op.BROADCAST, (_slice(rewriter, place, first, 1),), width, source.kind))
+    if source.op is Op.BROADCAST:
+        return rewriter.add(replace(source, width=width))
+    if source.op is Op.SLICE:
+        return _gather(rewriter, source.args[0], tuple(source.start + each for each in features))
+    if source.op is Op.GATHER:
+        return _gather(rewriter, source.args[0], tuple(source.features[each] for each in features))
+    if source.op is Op.CONCAT:
+        at = 0
+        for part in source.args:
+            size = rewriter.nodes[part].width
+            if at <= min(features) and max(features) < at + size:
+                return _gather(rewriter, part, tuple(each - at for each in features))
+            at += size
+    return rewriter.add(Node(Op.GATHER, (place,), width, source.kind, features=features))
 
 
 def _pointwise(rewriter: _Rewriter, node: Node, args: list[Node]) -> int:

@@ -7,15 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import fx
+from torch._ops import OpOverload
 
-from recurra.compiler.lines import line_of, name_of
+from recurra.compiler.fuse import absorb
+from recurra.compiler.listing import listing
 from recurra.compiler.rows import find_rows_of_nodes
-from recurra.compiler.schedule import BATCHED, LOOP, ONCE, SUMMED, Problem, Stage, schedule
-from recurra.compiler.stages import ROWS, Compiled, build
+from recurra.compiler.schedule import BATCHED, ONCE, Problem, Stage, schedule
+from recurra.compiler.stages import ROWS, Backend, Compiled, build
 from recurra.compiler.trace import Step, draws
 
+_aten = torch.ops.aten
+# Finite numbers make finite numbers.
+_TAME = {
+    _aten.mm, _aten.bmm, _aten.addmm, _aten.mv, _aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.neg, _aten.sum,
+    _aten.tanh, _aten.sigmoid, _aten.relu, _aten.tanh_backward, _aten.sigmoid_backward, _aten.threshold_backward,
+    _aten.view, _aten._unsafe_view, _aten.reshape, _aten.t, _aten.transpose, _aten.permute, _aten.unsqueeze,
+    _aten.squeeze, _aten.expand, _aten.cat, _aten.split, _aten.split_with_sizes, _aten.slice, _aten.slice_backward,
+    _aten.where, _aten.full, _aten.full_like, _aten.clone, _aten.alias, _aten.detach,
+}  # fmt: skip
 Wanted = frozenset[fx.Node]
 
 
@@ -33,7 +46,7 @@ class Analysis:
             for node in self.order
             if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
         }
-        self.forward = self._upstream([*step.new, step.y])
+        self.forward = self._upstream([*step.new, step.y, *step.taps.values()])
         self.forward |= {part for part, of in self.part_of.items() if of in self.forward}
         self.linear = self._downstream(self.gradients)
         self.varying = self._downstream([step.x, *step.old, *self.draws])
@@ -75,27 +88,57 @@ class Plan:
     """The stages for one choice of gradients.
 
     ``wanted`` are the inputs of the step whose gradients are asked for; ``first`` says of each leaf of the state
-    whether the gradient of what it began with is. Without any, nothing is kept for a backward pass.
+    whether the gradient of what it began with is. Without any, nothing is kept for a backward pass. ``backend`` makes
+    native code of the loops, None of none. ``memory`` is one of the modes of ``recurra.compiler.memory``.
     """
 
-    def __init__(self, analysis: Analysis, wanted: Wanted, first: Sequence[bool]) -> None:
-        self.analysis, self.step = analysis, analysis.step
+    def __init__(
+        self,
+        analysis: Analysis,
+        wanted: Wanted,
+        first: Sequence[bool],
+        backend: Backend | None = None,
+        memory: str = "store",
+    ) -> None:
+        self.analysis, self.step, self.backend, self.memory = analysis, analysis.step, backend, memory
         step = analysis.step
         self.differentiated = [k for k, gradient in enumerate(step.new_gradient) if gradient is not None]
-        self.first = [k for k in self.differentiated if first[k]]
+        # In parts, every part takes the gradient of the state that the one before it has left.
+        parts = memory != "store" and bool(wanted or any(first))
+        self._begun = [k for k in self.differentiated if first[k]]
+        self.first = [k for k in self.differentiated if first[k] or parts]
         self.wanted = {n: g for n, g in step.gradient.items() if n in wanted and g in analysis.linear}
         self.back = self._plan_backward()
-        takes = {node for compiled in self.back.stages for node in compiled.inputs}
-        takes |= {gradient for gradient in self.wanted.values() if gradient in analysis.forward}
+        made = {node for compiled in self.back.stages for node in compiled.outputs}
+        takes = {node for compiled in self.back.stages for node in compiled.needs} - made
+        if memory != "recompute":
+            takes |= {gradient for gradient in self.wanted.values() if gradient in analysis.forward}
         self.given = [node for node in [step.x, *analysis.inputs] if node in takes]
         self.saved = [n for n in analysis.order if n in takes and n in analysis.forward and n.op == "call_function"]
         self.saved += [node for node in step.old if node in takes]
         self.ahead = self._plan_forward()
 
+    @cached_property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Of y and each leaf of the final state, whether a gradient that is asked for depends on it."""
+        step, analysis = self.step, self.analysis
+        leads: dict[int, set[int]] = {}
+        found = set(self._begun)
+        for k, tangent in enumerate([*step.new_gradient, step.y_gradient]):
+            if tangent is not None:
+                below = analysis._downstream([tangent])
+                leads[k] = {j for j in self.differentiated if step.gradient[step.old[j]] in below}
+                if any(gradient in below for gradient in self.wanted.values()):
+                    found.add(k)
+        for _ in leads:
+            found |= {k for k, to in leads.items() if to & found}
+        count = len(step.old)
+        return tuple(k in found for k in (count, *range(count)))
+
     def _plan_forward(self) -> Pass:
         analysis, step = self.analysis, self.step
         carries = list(zip(step.old, step.new, strict=True))
-        ends = [step.y, *self.saved]
+        ends = [step.y, *step.taps.values(), *self.saved]
         problem = Problem(
             order=[node for node in analysis.order if node in analysis.forward or node in step.old],
             operands=analysis.operands,
@@ -115,12 +158,17 @@ class Plan:
         outputs = [gradient for node, gradient in self.wanted.items() if node is step.x]
         totals = [gradient for node, gradient in self.wanted.items() if node is not step.x]
         inputs = analysis.forward | {step.x, *analysis.inputs, *step.old}
+        operands = analysis.operands_backward
+        if self.memory == "recompute":
+            # The forward step is part of the backward one: with all carries given, nothing of it is in a loop.
+            inputs = {step.x, *analysis.inputs, *step.old, *analysis.draws}
+            operands = analysis.operands
         forms = {node: ROWS if node in analysis.varying else ONCE for node in inputs}
         if step.y_gradient is not None:
             forms[step.y_gradient] = ROWS
         problem = Problem(
             order=analysis.order,
-            operands=analysis.operands_backward,
+            operands=operands,
             carries=carries,
             outputs=outputs,
             totals=totals,
@@ -128,7 +176,7 @@ class Plan:
             inputs=frozenset(forms),
             varying=frozenset(node for node, form in forms.items() if form == ROWS),
             linear=frozenset(analysis.gradients),
-            part_of={part: of for part, of in analysis.part_of.items() if part not in analysis.forward},
+            part_of={part: of for part, of in analysis.part_of.items() if part not in inputs},
         )
         return self._compile(schedule(problem), carries, forms, [*outputs, *totals])
 
@@ -139,44 +187,34 @@ class Plan:
         forms: dict[fx.Node, str],
         ends: Sequence[fx.Node],
     ) -> Pass:
-        compiled = build(self.step, stages, self.analysis.rows, carries, forms, ends)
+        rows, backend = self.analysis.rows, self.backend
+        functions = None if backend is None else backend.functions
+        compiled = None
+        if backend is not None:
+            fused = absorb(stages, rows, [*forms, *(old for old, _ in carries)])
+            compiled = build(self.step, fused, rows, carries, dict(forms), ends, backend, functions)
+        if compiled is None or any(each.refused for each in compiled):
+            compiled = build(self.step, stages, rows, carries, forms, ends, backend, functions)
         forget: list[list[fx.Node]] = []
         later = set(ends)
         for each in reversed(compiled):
-            forget.append([node for node in {*each.inputs, *each.outputs} if node not in later])
-            later |= set(each.inputs)
+            forget.append([node for node in {*each.needs, *each.outputs} if node not in later])
+            later |= set(each.needs)
         return Pass(compiled, forget[::-1], carries)
 
+    @cached_property
+    def fills(self) -> bool:
+        """Whether native loops must leave more than zeros where a row has ended: a batched stage behind them might
+        make infinity of a zero, and a gradient of zero times that is none."""
+        batched = [each.stage for each in (*self.ahead.stages, *self.back.stages) if each.stage.kind == BATCHED]
+        targets = [node.target for stage in batched for node in stage.nodes]
+        wild = any(isinstance(t, OpOverload) and t.overloadpacket not in _TAME for t in targets)
+        return wild and bool(self.back.stages)
+
+    @property
+    def refused(self) -> list[str]:
+        """Why loops are no native code, where that was asked for."""
+        return list(dict.fromkeys(each.refused for each in (*self.ahead.stages, *self.back.stages) if each.refused))
+
     def __str__(self) -> str:
-        parts = ["forward", *_lines(self.ahead)]
-        if self.back.stages:
-            parts += ["backward", *_lines(self.back)]
-        return "\n".join(parts)
-
-
-_TITLES = {ONCE: "once", BATCHED: "all steps at once", SUMMED: "once, on sums over all steps"}
-
-
-def _lines(part: Pass) -> list[str]:
-    """A schedule for people."""
-    lines = []
-    for compiled in part.stages:
-        stage = compiled.stage
-        title = _TITLES.get(stage.kind, "")
-        if stage.kind == LOOP:
-            title = f"step by step, carrying {', '.join(part.carries[k][0].name for k in stage.carries)}"
-        lines.append(f"  {title}:")
-        for node in stage.nodes:
-            if getattr(node.target, "__name__", "") != "getitem":
-                text = f"    {node.name} = {name_of(node)}({', '.join(_argument(a) for a in node.args)})"
-                line = line_of(node)
-                lines.append(f"{text}  # {line}" if line else text)
-    return lines
-
-
-def _argument(argument: object) -> str:
-    if isinstance(argument, fx.Node) and getattr(argument.target, "__name__", "") == "getitem":
-        return f"{argument.args[0]}[{argument.args[1]}]"
-    if isinstance(argument, (list, tuple)):
-        return f"[{', '.join(_argument(part) for part in argument)}]"
-    return str(argument)
+        return listing(self)

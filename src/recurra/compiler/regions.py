@@ -18,13 +18,14 @@ from recurra.compiler.ir import LEAVES, POINTWISE, REDUCTIONS, Op, Program
 class View:
     """Where a value can be read: features from ``start`` on of a leaf, or of the home of a value.
 
-    splat: the one feature at ``start`` stands for all.
+    splat: the one feature at ``start`` stands for all. features: not neighbours but these, counted from the first.
     """
 
     place: int
     home: bool
     start: int = 0
     splat: bool = False
+    features: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,14 @@ class Plan:
         node = self.program.nodes[place]
         if node.op is Op.SLICE:
             inner = self.view(node.args[0])
+            if inner.features:
+                return _gathered(inner, inner.features[node.start : node.start + node.width])
             return inner if inner.splat else replace(inner, start=inner.start + node.start)
+        if node.op is Op.GATHER:
+            inner = self.view(node.args[0])
+            if inner.features:
+                return _gathered(inner, tuple(inner.features[each] for each in node.features))
+            return inner if inner.splat else _gathered(inner, tuple(inner.start + each for each in node.features))
         if node.op is Op.BROADCAST:
             return replace(self.view(node.args[0]), splat=True)
         return View(place, home=node.op not in LEAVES)
@@ -68,7 +76,7 @@ class Plan:
     def source(self, product: int) -> View:
         """Where a product reads the whole row that it multiplies."""
         place = self.program.nodes[product].args[0]
-        return View(place, home=True) if splats(self.program, place) else self.view(place)
+        return View(place, home=True) if scattered(self.program, place) else self.view(place)
 
     def __str__(self) -> str:
         lines = []
@@ -80,10 +88,19 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def splats(program: Program, place: int) -> bool:
-    """Whether the value is one number for all features, and nowhere in memory as a row."""
+def _gathered(view: View, features: tuple[int, ...]) -> View:
+    """A view with other features; of a single one it starts there."""
+    if len(features) == 1:
+        return replace(view, start=features[0], features=())
+    return replace(view, start=0, features=features)
+
+
+def scattered(program: Program, place: int) -> bool:
+    """Whether the value is nowhere in memory as a row: one number for all features, or features from anywhere."""
     node = program.nodes[place]
-    return node.op in (Op.BROADCAST, Op.CONST) or (node.op is Op.SLICE and splats(program, node.args[0]))
+    if node.op is Op.SLICE:
+        return scattered(program, node.args[0])
+    return node.op in (Op.BROADCAST, Op.CONST, Op.GATHER)
 
 
 def group(program: Program) -> Plan:
@@ -144,11 +161,11 @@ class _Levels:
         return self.of[place] if self.computed(place) else self.elsewhere(place)
 
     def elsewhere(self, place: int) -> int:
-        """The first level at which it can be read from memory, through slices and broadcasts."""
+        """The first level at which it can be read from memory, through what only moves features."""
         node = self.program.nodes[place]
         if node.op in LEAVES:
             return 0
-        if node.op in (Op.SLICE, Op.BROADCAST):
+        if node.op in (Op.SLICE, Op.GATHER, Op.BROADCAST):
             return self.elsewhere(node.args[0])
         if node.op is Op.CONCAT:
             return max(self.stored(part) for part in node.args) + 1
@@ -163,7 +180,7 @@ class _Levels:
 
     def whole(self, place: int) -> int:
         """The first level at which a product can read it as one row in memory."""
-        return self.stored(place) + 1 if splats(self.program, place) else self.elsewhere(place)
+        return self.stored(place) + 1 if scattered(self.program, place) else self.elsewhere(place)
 
 
 def _homes(program: Program, levels: _Levels) -> set[int]:
@@ -178,6 +195,6 @@ def _homes(program: Program, levels: _Levels) -> set[int]:
             sweeps = node.op in POINTWISE | REDUCTIONS
             if levels.computed(arg) and not (sweeps and levels.of[arg] == levels.of[place]):
                 homes.add(arg)
-            if node.op is Op.MATMUL and splats(program, arg):
+            if node.op is Op.MATMUL and scattered(program, arg):
                 homes.add(arg)
     return homes

@@ -46,6 +46,27 @@ class Rows:
     factor: int = 1
     apart: int = 1
 
+    def steps(self, value: Tensor, span: slice, T: int) -> Tensor:
+        """Some of the T steps of a value whose entries lie side by side."""
+        size = value.shape[self.axis] // T
+        return value.narrow(self.axis, span.start * size, (span.stop - span.start) * size)
+
+
+def by_row(value: Tensor, rows: Rows) -> Tensor:
+    """A tensor with the batch somewhere as (B, D): of each row all features, in the order of the other axes."""
+    size = value.shape[rows.axis] // rows.factor
+    parts: Tensor = value.unflatten(rows.axis, (rows.apart, size, rows.factor // rows.apart))
+    parts = parts.movedim(rows.axis + 1, 0)
+    return parts.reshape(size, prod(parts.shape[1:]))
+
+
+def from_rows(value: Tensor, rows: Rows, like: Tensor) -> Tensor:
+    """The tensor that ``by_row`` made a value (B, D) of, with the other axes of ``like``."""
+    shape = [*like.shape]
+    shape[rows.axis : rows.axis + 1] = [rows.apart, rows.factor // rows.apart]
+    parts: Tensor = value.reshape(value.shape[0], *shape).movedim(0, rows.axis + 1)
+    return parts.flatten(rows.axis, rows.axis + 2)
+
 
 def find_rows_of_nodes(step: Step, varying: set[fx.Node], backward: set[fx.Node]) -> dict[fx.Node, Rows | None]:
     """The batch axis of every node that is a tensor; None for one without.
@@ -145,8 +166,22 @@ def _check(step: Step, node: fx.Node, rows: dict[fx.Node, Rows | None]) -> None:
             raise _mix(node, "it picks by row")
     if "scaled_dot_product" in name and batch.axis >= 2:
         raise _mix(node, "it attends along the batch axis")
-    if name in ("unfold", "as_strided", "roll") and (name != "roll" or not arguments.get("dims")):
+    if name == "unfold" and arguments["dimension"] % dimensions == batch.axis:
+        raise _mix(node, "it works along the batch axis")
+    strided = name in ("as_strided", "as_strided_scatter") and not _within_rows(first, batch, arguments)
+    if strided or (name == "roll" and not arguments.get("dims")):
         raise _mix(node, "it works on the whole tensor at once")
+
+
+def _within_rows(node: fx.Node, rows: Rows, arguments: dict[str, Any]) -> bool:
+    """Whether a view by strides of a tensor takes of each row a part of that row."""
+    value = node.meta["val"]
+    size, stride, offset = arguments["size"], arguments["stride"], arguments.get("storage_offset") or 0
+    if rows != Rows(0) or not value.is_contiguous() or not size or not isinstance(size[0], fx.Node):
+        return False
+    width = prod(value.shape[1:])
+    last = offset + sum((n - 1) * step for n, step in zip(size[1:], stride[1:], strict=True))
+    return bool(stride[0] == width and offset >= 0 and last < width)
 
 
 def _name(node: fx.Node) -> str:

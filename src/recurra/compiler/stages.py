@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,6 +56,9 @@ _BACKWARD: dict[Any, Any] = {
     _aten.sigmoid_backward.default: _aten.sigmoid_backward.grad_input,
 }
 
+# Functions for operations of ATen that take whatever those take.
+Functions = Mapping[Any, Callable[..., Any]]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -64,13 +68,32 @@ class Run:
     B: int
 
 
+class Native(Protocol):
+    """A loop stage as native code."""
+
+    @property
+    def needs(self) -> Sequence[fx.Node]:
+        """The values that it takes from outside."""
+        ...
+
+    def forward(self, call: Any, values: Values, finals: list[Tensor], fresh: Sequence[Tensor]) -> None:
+        """Runs the loop. ``finals`` holds the first state of every carry, then the last."""
+        ...
+
+    def backward(self, call: Any, values: Values, carried: list[Tensor], begun: list[Tensor | None]) -> None:
+        """Runs the backward loop. ``carried`` holds the gradient of the last state, then that of the first;
+        ``begun`` gets that of the fresh one."""
+        ...
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A stage as a function of the batch size and ``inputs``, returning the values of ``outputs``.
 
     A loop's inputs are, in this order: its carries, then ``slices`` that differ from step to step, then a place for
     each of ``placed``, then the rest. Its outputs are the new values of its carries, then what others need of it;
-    those in ``placed`` it has written where it was told.
+    those in ``placed`` it has written where it was told. ``native`` is the loop as native code, or None; ``refused``
+    says why there is none, where some was asked for.
     """
 
     stage: Stage[fx.Node]
@@ -80,13 +103,21 @@ class Compiled:
     slices: tuple[fx.Node, ...]
     placed: tuple[fx.Node, ...]
     forms: dict[fx.Node, str]
+    native: Native | None = None
+    refused: str = ""
+
+    @property
+    def needs(self) -> Sequence[fx.Node]:
+        """The values that it takes, as it will be run."""
+        return self.inputs if self.native is None else self.native.needs
 
 
 class Values:
     """The values that exist between stages, by node, each in its form."""
 
-    def __init__(self, run: Run, rows: Mapping[fx.Node, Rows | None]) -> None:
+    def __init__(self, run: Run, rows: Mapping[fx.Node, Rows | None], functions: Functions | None = None) -> None:
         self.run, self.rows = run, rows
+        self._sum = (functions or {}).get(_aten.sum.dim_IntList, torch.sum)
         self._values: dict[fx.Node, tuple[str, Tensor]] = {}
 
     def put(self, node: fx.Node, form: str, value: Tensor) -> None:
@@ -125,6 +156,10 @@ class Values:
         if form != ROWS:
             return value
         rows, parts = self._by_step(node)
+        if rows.axis == 0 and rows.apart == 1 and value.is_contiguous():
+            # As a matrix with a row for each step.
+            shape = (value.shape[0] // self.run.T, *value.shape[1:])
+            return torch.reshape(self._sum(value.view(self.run.T, prod(shape)), [0]), shape)
         total: Tensor = parts.sum(rows.axis + 1).flatten(rows.axis, rows.axis + 1)
         return total
 
@@ -160,6 +195,19 @@ class Values:
         return rows, value.unflatten(rows.axis, sizes)
 
 
+# What makes native code of a loop: of the stage, its values' forms, and the nodes that it may calculate itself
+# because nobody else needs them. Raises BackendError where it cannot.
+Loops = Callable[[Compiled, Mapping[fx.Node, str], frozenset[fx.Node]], Native]
+
+
+class Backend(Protocol):
+    """Native code for one kind of machine: of loops, and ``functions`` for what is in none."""
+
+    functions: Functions
+
+    def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node], /) -> Native: ...
+
+
 def build(
     step: Step,
     stages: Sequence[Stage[fx.Node]],
@@ -167,10 +215,13 @@ def build(
     carries: Sequence[tuple[fx.Node, fx.Node]],
     forms: dict[fx.Node, str],
     wanted: Sequence[fx.Node],
+    backend: Loops | None = None,
+    functions: Functions | None = None,
 ) -> list[Compiled]:
     """Each stage as a function. ``forms`` has the form of every input of the graph, and gets that of every value.
 
-    ``wanted`` are the nodes whose values are needed after the last stage.
+    ``wanted`` are the nodes whose values are needed after the last stage. ``backend`` is asked for native loops, and
+    ``functions`` has its own functions for operations outside them.
     """
     for stage in stages:
         for node in stage.nodes:
@@ -184,13 +235,21 @@ def build(
                 raise BackendError(f"the rows of a batch meet in {at_line(node)}, step by step: use backend='loop'")
         for k in stage.carries:
             forms[carries[k][0]] = ROWS
-    writers = [_Writer(step, stage, rows, carries, forms) for stage in stages]
+    own = functions or {}
+    writers = [_Writer(step, stage, rows, carries, forms, {} if stage.kind == LOOP else own) for stage in stages]
+    outside = {node for stage in stages if stage.kind != LOOP for node in stage.nodes}
     needed = set(wanted)
     compiled = []
     for writer in reversed(writers):
-        compiled.append(writer.finish(needed))
-        needed |= set(compiled[-1].inputs)
-    return compiled[::-1]
+        each = writer.finish(needed)
+        if backend is not None and each.stage.kind == LOOP:
+            try:
+                each = replace(each, native=backend(each, forms, frozenset(outside - needed)))
+            except BackendError as error:
+                each = replace(each, refused=str(error))
+        needed |= set(each.needs)
+        compiled.append(each)
+    return [each for each in compiled[::-1] if each.stage.kind == LOOP or each.outputs]
 
 
 class _Writer:
@@ -203,8 +262,10 @@ class _Writer:
         rows: Mapping[fx.Node, Rows | None],
         carries: Sequence[tuple[fx.Node, fx.Node]],
         forms: Mapping[fx.Node, str],
+        functions: Functions,
     ) -> None:
         self.step, self.stage, self.rows, self.forms = step, stage, rows, forms
+        self.short = {**_SHORT, **functions}
         self.carries = [carries[k] for k in stage.carries]
         self.graph = fx.Graph()
         self.mine = set(stage.nodes)
@@ -219,8 +280,11 @@ class _Writer:
         self.batch = self.graph.placeholder("batch")
         for node in old:
             self.copies[node] = self.graph.placeholder(node.name)
+        nodes = self._used(needed)
+        # A product that somebody else reads must be had alone.
+        self.fused = {node: product for node, product in self.fused.items() if product not in needed}
         outside: list[fx.Node] = []
-        for node in [*self.stage.nodes, *(new for _, new in self.carries)]:
+        for node in [*nodes, *(new for _, new in self.carries)]:
             self._collect(node, outside)
         slices = [node for node in outside if self.stage.kind == LOOP and self.forms[node] == ROWS]
         rest = [node for node in outside if node not in slices]
@@ -236,7 +300,7 @@ class _Writer:
         for node in rest:
             self.copies[node] = self.graph.placeholder(node.name)
         new = [self._copy(node) for _, node in self.carries]
-        for node in self.stage.nodes:
+        for node in nodes:
             if node not in self.fused.values():
                 self._copy(node)
         self.graph.output(tuple(new) + tuple(self.copies[node] for node in outputs))
@@ -250,6 +314,14 @@ class _Writer:
             placed=tuple(placed),
             forms={node: self.forms[node] for node in outputs},
         )
+
+    def _used(self, needed: set[fx.Node]) -> list[fx.Node]:
+        """The nodes of the stage that a new carry or ``needed`` is computed from, in order."""
+        used = {*needed, *(new for _, new in self.carries)}
+        for node in reversed(self.stage.nodes):
+            if node in used:
+                used.update(node.all_input_nodes)
+        return [node for node in self.stage.nodes if node in used]
 
     def _collect(self, node: fx.Node, outside: list[fx.Node]) -> None:
         """Note the values from outside that a node needs."""
@@ -296,7 +368,7 @@ class _Writer:
                 (rest,) = (operand for operand in node.all_input_nodes if operand is not product)
                 copy = self.graph.call_function(_aten.addmm.default, (self._copy(rest), *factors))
             target: Any = copy.target
-            copy.target = _SHORT.get(target, target)
+            copy.target = self.short.get(target, target)
             if node in self.places:
                 copy.target = _BACKWARD.get(target, copy.target)
                 copy.kwargs = {**copy.kwargs, "grad_input" if target in _BACKWARD else "out": self.places[node]}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from recurra.cell import Cell, State, leaves, map_state
 from recurra.compiler.context import Form, flatten, rebuild
 from recurra.compiler.lines import Lines, at_line, where_raised
 from recurra.errors import BackendError, RecurraError, ShapeError
+from recurra.taps import Record
 
 # Two sizes that differ from one another, from 0 and from 1, and neither a multiple of the other.
 SIZES = (3, 5)
@@ -64,6 +66,7 @@ class Step:
     ``batch`` is the node of the batch size, an int; ``sizes`` are it and its multiples. ``gradient[input]`` is the
     gradient of an input, given ``new_gradient`` and ``y_gradient``, the gradients of what the step returns; None
     stands for what is no floating-point number. ``constants`` are tensors from outside of the step's arguments.
+    ``taps`` are the named values that are to be seen.
 
     ``node.meta["val"]`` is the value of a node at a batch of ``SIZES[0]`` and ``node.meta["other"]`` at one of
     ``SIZES[1]``: tensors without numbers.
@@ -82,6 +85,7 @@ class Step:
     y_gradient: fx.Node | None
     gradient: dict[fx.Node, fx.Node]
     constants: dict[fx.Node, Tensor]
+    taps: dict[str, fx.Node] = field(default_factory=dict)
 
 
 def draws(node: fx.Node) -> bool:
@@ -106,11 +110,13 @@ def trace(
     context: Any = None,
     context_rows: Sequence[bool] = (),
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    tapped: bool = False,
 ) -> Step:
     """The step of ``cell`` for inputs that look like x (B, I), ``state`` and ``context``, at any batch size.
 
     ``context_rows`` says of each tensor in ``context`` whether its first axis is the batch.
     ``decompositions`` is a table as ``make_fx`` takes it, for a backend that wants fewer kinds of operations.
+    ``tapped``: whether the step gives the values of its taps as well.
 
     Raises BackendError where the step cannot be one graph that holds for every batch size.
     """
@@ -120,7 +126,7 @@ def trace(
     likes += [_like(name, leaf, True) for name, leaf in zip(leaf_names(state), leaves(state), strict=True)]
     likes += [_like("x", x, True)]
     likes += [_like(f"context_{k}", p, r) for k, (p, r) in enumerate(zip(parts, context_rows, strict=True))]
-    joint = _Joint(cell, list(weights), state, form)
+    joint = _Joint(cell, list(weights), state, form, tapped)
     ours, theirs = [_record(cell, joint, likes, size, decompositions) for size in SIZES]
     _compare(cell, ours.graph, theirs.graph)
 
@@ -155,43 +161,45 @@ def trace(
         y=results[count - 1],
         new_gradient=tangents[:-1],
         y_gradient=tangents[-1],
-        gradient=dict(zip(differentiated, results[2 * count :], strict=True)),
+        gradient=dict(zip(differentiated, results[2 * count : len(results) - len(joint.taps)], strict=True)),
         constants={node: getattr(ours, str(node.target)) for node in graph.nodes if node.op == "get_attr"},
+        taps=dict(zip(joint.taps, results[len(results) - len(joint.taps) :], strict=True)),
     )
 
 
 class _Joint:
     """The step and its vector-Jacobian product as one function of a flat list of tensors."""
 
-    def __init__(self, cell: Cell, names: list[str], state: State, form: Form) -> None:
-        self.cell, self.names, self.state, self.form = cell, names, state, form
+    def __init__(self, cell: Cell, names: list[str], state: State, form: Form, tapped: bool) -> None:
+        self.cell, self.names, self.state, self.form, self.tapped = cell, names, state, form, tapped
+        self.taps: list[str] = []
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor | None]:
         floating = [k for k, tensor in enumerate(inputs) if tensor.is_floating_point()]
 
-        def step(*primals: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        def step(*primals: Tensor) -> tuple[tuple[Tensor, ...], tuple[list[Tensor], list[Tensor]]]:
             given = list(inputs)
             for k, primal in zip(floating, primals, strict=True):
                 given[k] = primal
-            results = self._step(given)
-            return tuple(result for result in results if result.is_floating_point()), results
+            results, taps = self._step(given)
+            return tuple(result for result in results if result.is_floating_point()), (results, taps)
 
         pulled: Any = vjp(step, *(inputs[k] for k in floating), has_aux=True)
-        outputs, pull, results = pulled
+        outputs, pull, (results, taps) = pulled
         real = iter(outputs)
         results = [next(real) if result.is_floating_point() else result for result in results]
         # Whatever they hold: they become inputs of the graph.
         tangents = [torch.empty_like(result) if result.is_floating_point() else None for result in results]
         gradients = pull(tuple(tangent for tangent in tangents if tangent is not None))
-        return [*results, *tangents, *gradients]
+        return [*results, *tangents, *gradients, *taps]
 
-    def _step(self, given: list[Tensor]) -> list[Tensor]:
+    def _step(self, given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         rest = iter(given)
         weights = {name: next(rest) for name in self.names}
         old = map_state(lambda _: next(rest), self.state)
         x = next(rest)
         context = rebuild(self.form, rest)
-        with Lines():
+        with Lines(), Record(self.cell) if self.tapped else nullcontext() as record:
             new, y = functional_call(self.cell, weights, (old, x, context), tie_weights=False)
         new = map_state(_as_carried, new, old)
         if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != x.shape[0]:
@@ -199,7 +207,13 @@ class _Joint:
                 f"a step must return y (B, O); {type(self.cell).__name__}, traced at B={x.shape[0]}, returned "
                 f"{tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}: use backend='loop'"
             )
-        return [*leaves(new), y]
+        size = getattr(self.cell, "output_size", None)
+        if size is not None and y.shape[-1] != size:
+            name = type(self.cell).__name__
+            raise ShapeError(f"{name} has output_size={size}, but its step returned y (B, {y.shape[-1]})")
+        taps = {} if record is None else record.steps[-1]
+        self.taps = list(taps)
+        return [*leaves(new), y], [*taps.values()]
 
 
 def _as_carried(new: Tensor, old: Tensor) -> Tensor:
@@ -207,6 +221,10 @@ def _as_carried(new: Tensor, old: Tensor) -> Tensor:
         raise ShapeError(
             f"a step must keep the shape of its state: {tuple(old.shape)} went in, {tuple(new.shape)} came out, "
             f"when it was traced at B={old.shape[0]}"
+        )
+    if new.is_floating_point() and not old.is_floating_point():
+        raise ShapeError(
+            f"a step returned {new.dtype} for a state that began as {old.dtype}: begin with a state of {new.dtype}"
         )
     return new.to(old.dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from recurra.compiler.ir import COMPARISONS, LEAVES, LOGIC, POINTWISE, REDUCTIONS, UNARY, Kind, Node, Op, Program
 from recurra.errors import BackendError
 
-_ARITY = {Op.MATMUL: 1, Op.SLICE: 1, Op.BROADCAST: 1, Op.SUM: 1, Op.MAX: 1, Op.WHERE: 3}
+_ARITY = {Op.MATMUL: 1, Op.SLICE: 1, Op.GATHER: 1, Op.BROADCAST: 1, Op.SUM: 1, Op.MAX: 1, Op.WHERE: 3}
 
 
 def verify(program: Program) -> Program:
@@ -44,7 +44,7 @@ def _check_node(program: Program, place: int, node: Node) -> None:
 
 
 def _check_kinds(node: Node, args: list[Node]) -> None:
-    passes_on = node.op in (Op.SLICE, Op.CONCAT, Op.BROADCAST)
+    passes_on = node.op in (Op.SLICE, Op.GATHER, Op.CONCAT, Op.BROADCAST)
     for position, arg in enumerate(args):
         if passes_on:
             expected = node.kind
@@ -70,7 +70,8 @@ def _check_widths(program: Program, node: Node, args: list[Node]) -> None:
         _expect(0 <= node.index < len(program.matrices), f"there is no matrix {node.index}")
         shape = program.matrices[node.index]
         rows, columns = shape[::-1] if node.transposed else shape
-        _expect(args[0].width == rows, f"%{node.args[0]} has width {args[0].width}, the matrix {rows} rows")
+        bottom = node.top + args[0].width
+        _expect(node.top >= 0 and bottom <= rows, f"rows {node.top} to {bottom} of a matrix with {rows}")
         _expect(
             node.start >= 0 and node.start + node.width <= columns,
             f"columns {node.start} to {node.start + node.width} of a matrix with {columns}",
@@ -78,6 +79,10 @@ def _check_widths(program: Program, node: Node, args: list[Node]) -> None:
     elif node.op is Op.SLICE:
         stop = node.start + node.width
         _expect(node.start >= 0 and stop <= args[0].width, f"features {node.start} to {stop} of {args[0].width}")
+    elif node.op is Op.GATHER:
+        _same(node, len(node.features), "what it gathers")
+        odd = [each for each in node.features if not 0 <= each < args[0].width]
+        _expect(not odd, f"feature {odd[0] if odd else 0} of {args[0].width}")
     elif node.op is Op.CONCAT:
         _expect(bool(args), "concat takes at least 1 value")
         _same(node, sum(arg.width for arg in args), "what it joins")

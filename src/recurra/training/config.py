@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from recurra.errors import ConfigError, suggest
 
 PREFIX = "RECURRA_"
+# Variables of the house that are no settings of a run: where compiled code is kept.
+NO_SETTINGS = {"RECURRA_CACHE_DIR"}
 C = TypeVar("C")
 
 
@@ -87,7 +89,7 @@ def resolve(
         for name, value in _read_toml(kind, toml):
             values[name] = _parse(known[name], value, f"in {toml}")
     for variable, text in (os.environ if environ is None else environ).items():
-        if variable.startswith(PREFIX):
+        if variable.startswith(PREFIX) and variable not in NO_SETTINGS:
             name = variable.removeprefix(PREFIX).lower()
             if name not in known:
                 nearest = suggest(variable, [PREFIX + each.upper() for each in known])

@@ -5,7 +5,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,19 @@ class Floats:
     def masked_load(self) -> ir.Function:
         kind = ir.FunctionType(self.vector, [POINTER, I32, self.bits, self.vector])
         return self.declared(f"llvm.masked.load.{self._short}.p0", kind)
+
+    def gather(self) -> ir.Function:
+        pointers = ir.VectorType(POINTER, self.lanes)
+        kind = ir.FunctionType(self.vector, [pointers, I32, self.bits, self.vector])
+        return self.declared(f"llvm.masked.gather.{self._short}.v{self.lanes}p0", kind)
+
+    def table(self, numbers: Sequence[int]) -> ir.GlobalVariable:
+        """Whole numbers in the module, filled up with zeros to whole vectors."""
+        padded = [*numbers, *[0] * (-len(numbers) % self.lanes)]
+        kind = ir.ArrayType(I64, len(padded))
+        made = ir.GlobalVariable(self.module, kind, self.module.get_unique_name("table"))
+        made.linkage, made.global_constant, made.initializer = "internal", True, ir.Constant(kind, padded)
+        return made
 
     def masked_store(self) -> ir.Function:
         kind = ir.FunctionType(VOID, [self.vector, POINTER, I32, self.bits])
@@ -131,6 +144,20 @@ class Code:
         b.position_at_end(end)
         following[:] = carried
 
+    @contextmanager
+    def tickets(self, draw: Callable[[], ir.Value], stop: ir.Value) -> Iterator[ir.Value]:
+        """The body, for each ticket that is drawn, until one is not below stop."""
+        b = self.b
+        head, body, end = (b.append_basic_block(name) for name in ("draw", "work", "sold_out"))
+        b.branch(head)
+        b.position_at_end(head)
+        ticket = draw()
+        b.cbranch(b.icmp_unsigned("<", ticket, stop), body, end)
+        b.position_at_end(body)
+        yield ticket
+        b.branch(head)
+        b.position_at_end(end)
+
     # Memory, counted in floats
 
     def at(self, base: ir.Value, offset: int | ir.Value) -> ir.Value:
@@ -154,6 +181,19 @@ class Code:
             self.b.store(value, pointer, align=f.bytes)
         else:
             self.b.call(f.masked_store(), [value, pointer, ir.Constant(I32, f.bytes), mask])
+
+    def gather(self, base: ir.Value, places: Sequence[int], offset: ir.Value, mask: ir.Value | None = None) -> ir.Value:
+        """The numbers at ``places`` from ``base``, a vector of them from ``offset`` on."""
+        b, f = self.b, self.floats
+        words = ir.VectorType(I64, f.lanes)
+        places_here = b.load(b.gep(f.table(places), [offset], source_etype=I64), typ=words, align=8)
+        start = self.b.ptrtoint(base, I64)
+        first = b.insert_element(ir.Constant(words, ir.Undefined), start, ir.Constant(I32, 0))
+        same = b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, f.lanes), [0] * f.lanes))
+        bytes_ = b.mul(places_here, ir.Constant(words, [f.bytes] * f.lanes))
+        pointers = b.inttoptr(b.add(same, bytes_), ir.VectorType(POINTER, f.lanes))
+        mask = f.tail(f.lanes) if mask is None else mask
+        return b.call(f.gather(), [pointers, ir.Constant(I32, f.bytes), mask, f.splat(0.0)])
 
     def load_splat(self, pointer: ir.Value) -> ir.Value:
         """One number in all lanes."""

@@ -47,6 +47,73 @@ _ATANH = {
 }
 # ln(2) as two numbers, the first so short that small multiples of it are exact.
 _LN2 = {False: (0.693359375, -2.12194440054690583e-4), True: (6.93147180369123816490e-01, 1.90821492927058770002e-10)}
+# (sin(r) / r - 1) / r^2 and (cos(r) - 1 + r^2 / 2) / r^4 as polynomials in r^2, for |r| <= pi / 4 and a little more.
+_SIN = {
+    False: (
+        -0.16666666663849675, 0.008333331872526864, -0.00019840085556195348, 2.724977294115182e-06,
+    ),
+    True: (
+        -0.16666666666666666, 0.008333333333330943, -0.0001984126983674956, 2.755731609787775e-06,
+        -2.5051130870968297e-08, 1.591805913698281e-10,
+    ),
+}  # fmt: skip
+_COS = {
+    False: (
+        0.041666664656496995, -0.0013888302451873107, 2.454781592843413e-05,
+    ),
+    True: (
+        0.041666666666666664, -0.0013888888888887393, 2.4801587298760048e-05, -2.755731726880539e-07,
+        2.0876145659059344e-09, -1.1382588535352522e-11,
+    ),
+}  # fmt: skip
+# pi / 2 as a sum, in parts so short that a multiple of each by a number below 2^16, or 2^20, is exact.
+_HALF_PI = {
+    False: (
+        1.5703125,
+        0.0004825592041015625,
+        1.2665987014770508e-06,
+        9.89530235528946e-10,
+        2.5579538487363607e-12,
+        5.384581669432009e-15,
+    ),
+    True: (1.5707963267341256, 6.077100506303966e-11, 2.0222662487111665e-21, 8.478427660348229e-32),
+}
+# (atan(s) / s - 1) / s^2 as a polynomial in s^2, for |s| <= tan(pi / 8).
+_ATAN = {
+    False: (
+        -0.33333331760434554, 0.1999954031495797, -0.14263949753605723, 0.10743668324830098, -0.06451718869358958,
+    ),
+    True: (
+        -0.3333333333333333, 0.19999999999999804, -0.14285714285659779, 0.11111111105150588, -0.09090908753259112,
+        0.07692296368042296, -0.0666642476020052, 0.05878927554473807, -0.05230443640686948, 0.045515447340221615,
+        -0.03456931506332609, 0.016284375050043393,
+    ),
+}  # fmt: skip
+# erf(x) / x as a polynomial in x^2, for |x| <= 1.
+_ERF = {
+    False: (
+        1.1283791658483509, -0.37612626666720334, 0.11283594715160218, -0.026854212010626412, 0.005189087423433974,
+        -0.000801686428716587, 7.875875062685488e-05,
+    ),
+    True: (
+        1.1283791670955126, -0.3761263890318375, 0.11283791670954879, -0.026866170645076792, 0.0052239776248180145,
+        -0.000854832698083379, 0.0001205533111164271, -1.4925595266831182e-05, 1.6461000484121368e-06,
+        -1.6350312701054695e-07, 1.4659775274047436e-08, -1.1372848856791674e-09, 5.957176147748911e-11,
+    ),
+}  # fmt: skip
+# (1 + 2 x) exp(x^2) erfc(x) as a polynomial in (x - k) / (x + k), for x from 0.98 to 6.6; k is 2, or 3.
+_ERFC = {
+    False: (
+        1.2769783781590285, -0.09276351436546391, -0.16602984662048142, 0.16403308605597966, -0.054224403894667934,
+        -0.007756026127021216, 0.008559605206831952, -3.502223805959897e-05,
+    ),
+    True: (
+        1.2530080582697296, -0.13562110612458006, -0.047562294353475136, 0.1296451587025097, -0.11927366341267175,
+        0.06830802736109803, -0.023770515023535603, 0.0025293912780536766, 0.0018886923037205992,
+        -0.0007798232291864396, -0.00010517759317683018, 0.00012501457354916346, 5.021244706786119e-06,
+        -1.9672985494084732e-05, -7.704291002070978e-07, 2.4782996032243748e-06,
+    ),
+}  # fmt: skip
 _MANTISSA = {False: 23, True: 52}
 _BIAS = {False: 127, True: 1023}
 
@@ -191,6 +258,87 @@ def _log_sigmoid(code: Code, x: ir.Value) -> ir.Value:
     return b.fsub(negative, log)
 
 
+def _quadrant(code: Code, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x as n pi / 2 + r: the whole number n as bits, and r.
+
+    Good for |x| up to 1e5 (float32), 1e6 (float64). Beyond, the error grows in proportion to x; from 6e6, 7e15 on
+    all that is left of sin and cos is that they lie between -1 and 1.
+    """
+    b, f = code.b, code.floats
+    magic = f.splat(1.5 * 2.0 ** _MANTISSA[f.double])
+    shifted = code.fma(x, f.splat(2 / math.pi), magic)
+    n = b.fsub(shifted, magic)
+    for part in _HALF_PI[f.double]:
+        x = code.fma(n, f.splat(-part), x)
+    bits = b.sub(b.bitcast(shifted, f.integers), b.bitcast(magic, f.integers))
+    # A little more than pi / 4, as n is rounded.
+    return bits, _clamp(code, x, -0.8, 0.8)
+
+
+def _turned(code: Code, x: ir.Value, quarters: int) -> ir.Value:
+    """sin(x + quarters pi / 2)."""
+    b, f = code.b, code.floats
+    n, r = _quadrant(code, x)
+    n = b.add(n, f.integer(quarters))
+    square = b.fmul(r, r)
+    sine = code.fma(b.fmul(r, square), _polynomial(code, square, _SIN[f.double]), r)
+    inner = code.fma(square, _polynomial(code, square, _COS[f.double]), f.splat(-0.5))
+    cosine = code.fma(square, inner, f.splat(1.0))
+    odd = b.icmp_unsigned("!=", b.and_(n, f.integer(1)), f.integer(0))
+    sign = b.shl(b.and_(n, f.integer(2)), f.integer(8 * f.bytes - 2))
+    chosen = b.bitcast(b.select(odd, cosine, sine), f.integers)
+    return b.bitcast(b.xor(chosen, sign), f.vector)
+
+
+def _atan(code: Code, x: ir.Value) -> ir.Value:
+    """From 1 on by the angle of 1 / x, and always by twice the half of the angle."""
+    b, f = code.b, code.floats
+    one, size = f.splat(1.0), call(code, "abs", x)
+    large = b.fcmp_ordered(">", size, one)
+    t = b.select(large, b.fdiv(one, size), size)
+    s = b.fdiv(t, b.fadd(call(code, "sqrt", code.fma(t, t, one)), one))
+    square = b.fmul(s, s)
+    half = code.fma(b.fmul(s, square), _polynomial(code, square, _ATAN[f.double]), s)
+    angle = b.fadd(half, half)
+    angle = b.select(large, b.fsub(f.splat(math.pi / 2), angle), angle)
+    sign = b.xor(b.bitcast(x, f.integers), b.bitcast(size, f.integers))
+    return b.bitcast(b.or_(b.bitcast(angle, f.integers), sign), f.vector)
+
+
+def _erf(code: Code, x: ir.Value) -> ir.Value:
+    b, f = code.b, code.floats
+    square = b.fmul(x, x)
+    near = b.fmul(x, _polynomial(code, square, _ERF[f.double]))
+    # From 6.5 on it is 1.
+    size = _clamp(code, call(code, "abs", x), 0.0, 6.5)
+    k = 3.0 if f.double else 2.0
+    place = b.fdiv(b.fsub(size, f.splat(k)), b.fadd(size, f.splat(k)))
+    tail = b.fdiv(_polynomial(code, place, _ERFC[f.double]), code.fma(size, f.splat(2.0), f.splat(1.0)))
+    far = b.fsub(f.splat(1.0), b.fmul(call(code, "exp", b.fneg(b.fmul(size, size))), tail))
+    far = b.select(b.fcmp_ordered("<", x, f.splat(0.0)), b.fneg(far), far)
+    return b.select(b.fcmp_ordered("<=", square, f.splat(1.0)), near, far)
+
+
+def _round(code: Code, x: ir.Value) -> ir.Value:
+    """The nearest whole number; of two, the even one."""
+    b, f = code.b, code.floats
+    # From this size on all numbers are whole; adding it rounds those below.
+    whole = f.splat(2.0 ** _MANTISSA[f.double])
+    size = call(code, "abs", x)
+    rounded = b.fsub(b.fadd(size, whole), whole)
+    # With the sign of x, also where it is a zero.
+    sign = b.xor(b.bitcast(x, f.integers), b.bitcast(size, f.integers))
+    signed = b.bitcast(b.or_(b.bitcast(rounded, f.integers), sign), f.vector)
+    return b.select(b.fcmp_ordered("<", size, whole), signed, x)
+
+
+def _floor(code: Code, x: ir.Value) -> ir.Value:
+    b, f = code.b, code.floats
+    rounded = _round(code, x)
+    above = b.fcmp_ordered(">", rounded, x)
+    return b.select(above, b.fsub(rounded, f.splat(1.0)), rounded)
+
+
 def _intrinsic(code: Code, x: ir.Value, name: str) -> ir.Value:
     return code.b.call(code.floats.intrinsic(name), [x])
 
@@ -201,6 +349,12 @@ FUNCTIONS: dict[str, Build] = {
     "tanh": _tanh,
     "sigmoid": _sigmoid,
     "log_sigmoid": _log_sigmoid,
+    "sin": partial(_turned, quarters=0),
+    "cos": partial(_turned, quarters=1),
+    "atan": _atan,
+    "erf": _erf,
+    "round": _round,
+    "floor": _floor,
     "sqrt": partial(_intrinsic, name="sqrt"),
     "abs": partial(_intrinsic, name="fabs"),
 }

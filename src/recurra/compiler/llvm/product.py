@@ -11,16 +11,16 @@ from recurra.compiler.llvm.code import I64, POINTER, Code, Floats
 
 
 def product(floats: Floats, columns: int, most_rows: int) -> ir.Function:
-    """``f(panel, source, stride, active, rows, length, tile)``.
+    """``f(panel, sources, rows, length, tile)``.
 
-    Row r of the tile (rows, columns, lanes) becomes the sum over k of ``source[active[r] * stride + k]`` times row
-    k of the panel (length, columns, lanes). ``rows`` is from 1 to ``most_rows``, each a loop of its own.
+    Row r of the tile (rows, columns, lanes) becomes the sum over k of ``sources[r][k]`` times row k of the panel
+    (length, columns, lanes). ``rows`` is from 1 to ``most_rows``, each a loop of its own.
     """
     name = f"product_{columns}_{most_rows}"
     found = floats.module.globals.get(name)
     if found is not None:
         return found
-    function = floats.function(name, [POINTER, POINTER, I64, POINTER, I64, I64, POINTER])
+    function = floats.function(name, [POINTER, POINTER, I64, I64, POINTER])
     function.attributes.add("noinline")
     code = Code(floats, function)
     entry = code.b.block
@@ -32,15 +32,15 @@ def product(floats: Floats, columns: int, most_rows: int) -> ir.Function:
         code.b.ret_void()
         cases.append(block)
     code.b.position_at_end(entry)
-    switch = code.b.switch(function.args[4], cases[0])
+    switch = code.b.switch(function.args[2], cases[0])
     for rows, block in enumerate(cases[1:], start=2):
         switch.add_case(ir.Constant(I64, rows), block)
     return function
 
 
 def _tile(code: Code, function: ir.Function, columns: int, rows: int) -> None:
-    panel, source, stride, active, _, length, tile = function.args
-    starts = [code.at(source, code.times(code.entry(active, row, I64), stride)) for row in range(rows)]
+    panel, sources, _, length, tile = function.args
+    starts = [code.entry(sources, row) for row in range(rows)]
     # Every sum is taken in the order of k, whatever the height of the tile: a row's numbers are the same to the
     # bit however many rows are beside it.
     zeros = [code.floats.splat(0.0)] * (columns * rows)

@@ -13,57 +13,63 @@ from llvmlite import ir
 
 from recurra.compiler.ir import COMPARISONS, Kind, Node, Op
 from recurra.compiler.llvm import maths
-from recurra.compiler.llvm.code import I32, I64, POINTER, Code, Floats
+from recurra.compiler.llvm.code import I32, I64, POINTER, VOID, Code, Floats
 from recurra.compiler.llvm.layout import Group, Layout, Sweep
+from recurra.compiler.llvm.memory import Memory
 from recurra.compiler.llvm.product import product
 from recurra.compiler.regions import View
 
+# f(table, B, t, work, active, count, begin, end): a stage of time t, for the ``count`` rows that ``active`` lists, in
+# pieces from begin to end. ``work`` is the thread's own memory.
+STAGE = ir.FunctionType(VOID, [POINTER, I64, I64, POINTER, POINTER, I64, I64, I64])
+
 
 def sweep_function(floats: Floats, layout: Layout, sweep: Sweep, name: str) -> ir.Function:
-    """``f(table, B, t, active, count)``: the region at step t, for the rows that ``active`` lists."""
-    function = floats.function(name, [POINTER, I64, I64, POINTER, I64])
-    _Sweep(Code(floats, function), layout, sweep, function).emit()
+    """A stage whose pieces are the steps of a region's sweep."""
+    function = floats.function(name, STAGE.args)
+    # A step of a small cell is so short that the call would be felt.
+    function.attributes.add("alwaysinline")
+    code = Code(floats, function)
+    table, B, t, work, active, count, begin, end = function.args
+    memory = Memory(code, layout, table, work, B, t)
+    _Sweep(code, layout, sweep, memory, active, count).emit(begin, end)
     return function
 
 
-class Memory:
-    """Pointers to the rows of arrays, at one step. Bases are read from the table once, at the start."""
+def finish_function(floats: Floats, layout: Layout, sweep: Sweep, name: str) -> ir.Function | None:
+    """A stage whose pieces are the rows: the region's reductions, when all its steps are done."""
+    if not sweep.region.reductions:
+        return None
+    function = floats.function(name, STAGE.args)
+    code = Code(floats, function)
+    table, B, t, work, active, _, begin, end = function.args
+    memory = Memory(code, layout, table, work, B, t)
+    for place in sweep.region.reductions:
+        start = memory.rows(View(place, True))
+        memory.base("partial", place)
+        with code.loop(end, begin) as index:
+            row = code.entry(active, index, I64)
+            _finish(code, layout.program.nodes[place], sweep.steps, memory.partial(place, row), start(row))
+    code.b.ret_void()
+    return function
 
-    def __init__(self, code: Code, layout: Layout, table: ir.Value, B: ir.Value) -> None:
-        self.code, self.layout, self.B, self.table = code, layout, B, table
-        self._bases: dict[tuple[str, int], ir.Value] = {}
 
-    def base(self, kind: str, index: int) -> ir.Value:
-        key = (kind, index)
-        if key not in self._bases:
-            if key in self.layout.slots:
-                offset = self.code.times(self.B, self.layout.slots[key][0])
-                self._bases[key] = self.code.at(self.base("scratch", 0), offset)
-            else:
-                self._bases[key] = self.code.entry(self.table, self.layout.entries[key])
-        return self._bases[key]
-
-    def array(self, view: View) -> tuple[str, int, int, bool]:
-        """Kind, index and row stride of the array behind a view, and whether it has a slice for each step."""
-        program = self.layout.program
-        node = program.nodes[view.place]
-        if view.home:
-            if view.place in program.outputs:
-                return "output", program.outputs.index(view.place), node.width, True
-            return "home", view.place, self.layout.slots["home", view.place][1], False
-        if node.op is Op.CARRY:
-            return "old", node.index, self.layout.slots["old", node.index][1], False
-        if node.op is Op.VECTOR:
-            return "vector", node.index, 0, False
-        return node.op.value, node.index, node.width, node.op is Op.INPUT
-
-    def start(self, view: View, step: ir.Value) -> tuple[ir.Value, int]:
-        """The pointer to row 0 of a view at the step whose rows begin at ``step`` = t B, and the row stride."""
-        kind, index, stride, timed = self.array(view)
-        base = self.base(kind, index)
-        if timed:
-            base = self.code.at(base, self.code.times(step, stride))
-        return (self.code.at(base, view.start) if view.start else base), stride
+def _finish(code: Code, node: Node, steps: int, partials: ir.Value, target: ir.Value) -> None:
+    """One number from the partial ones of each step and lane."""
+    lanes = code.floats.lanes
+    value = code.load(partials)
+    if steps > 1:
+        with code.sums([value], steps, 1) as (step, (total,), following):
+            more = code.load(code.at(partials, code.times(step, lanes)))
+            following.append(_REDUCE[node.op](code, total, more))
+        (value,) = following
+    half = lanes // 2
+    while half:
+        order = [(lane + half) % lanes for lane in range(lanes)]
+        order = ir.Constant(ir.VectorType(I32, lanes), order)
+        value = _REDUCE[node.op](code, value, code.b.shuffle_vector(value, value, order))
+        half //= 2
+    code.store_first(value, target)
 
 
 @dataclass(frozen=True)
@@ -75,32 +81,26 @@ class Pointers:
 
 
 class _Sweep:
-    def __init__(self, code: Code, layout: Layout, sweep: Sweep, function: ir.Function) -> None:
-        self.code, self.floats, self.layout, self.sweep = code, code.floats, layout, sweep
+    def __init__(
+        self, code: Code, layout: Layout, sweep: Sweep, memory: Memory, active: ir.Value, count: ir.Value
+    ) -> None:
+        self.code, self.floats, self.layout, self.sweep, self.memory = code, code.floats, layout, sweep, memory
         self.region, self.plan, self.nodes = sweep.region, layout.plan, layout.program.nodes
-        table, B, t, self.active, self.count = function.args
-        self.memory = Memory(code, layout, table, B)
-        self.step = code.times(t, B)
+        self.active, self.count = active, count
         self.here = {*self.region.products, *self.region.pointwise}
-        self.starts = {view: self.memory.start(view, self.step) for view in self._views()}
-        self.finals = {place: self.memory.start(View(place, True), self.step) for place in self.region.reductions}
-        self.partials = {place: self.memory.base("partial", place) for place in self.region.reductions}
-
-    def emit(self) -> None:
-        code, sweep = self.code, self.sweep
+        self.views = {view: memory.rows(view) for view in self._views()}
         for place in self.region.reductions:
-            with code.loop(self.count) as row:
-                code.store(self.floats.splat(_NEUTRAL[self.nodes[place].op]), self._partial(place, self._row(row)))
-        if sweep.groups:
-            self._products()
+            memory.base("partial", place)
+
+    def emit(self, begin: ir.Value, end: ir.Value) -> None:
+        code = self.code
+        if self.sweep.groups:
+            self._products(begin, end)
         elif self.region.stores or self.region.reductions:
             with code.loop(self.count) as index:
-                pointers = self._pointers(self._row(index))
-                with code.loop(sweep.vectors) as vector:
-                    self._body(vector, pointers, {})
-        for place in self.region.reductions:
-            with code.loop(self.count) as index:
-                self._finish(place, self._row(index))
+                row = self._row(index)
+                with code.loop(end, begin) as step:
+                    self._row_of_step(step, row, index, [])
         code.b.ret_void()
 
     # Rows and views
@@ -118,51 +118,59 @@ class _Sweep:
         views += [View(store.home, True, store.start) for store in self.region.stores]
         return list(dict.fromkeys(views))
 
-    def _pointers(self, row: ir.Value) -> Pointers:
-        code = self.code
-        views = {
-            view: code.at(start, code.times(row, stride)) if stride else start
-            for view, (start, stride) in self.starts.items()
-        }
-        return Pointers(views, {place: self._partial(place, row) for place in self.region.reductions})
+    def _vectors(self, step: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The first vector of a step, and how many it has."""
+        code, sweep = self.code, self.sweep
+        first = code.times(step, sweep.stride)
+        return first, code.smaller(code.b.sub(code.number(sweep.vectors), first), sweep.stride)
 
-    def _partial(self, place: int, row: ir.Value) -> ir.Value:
-        stride = self.layout.slots["partial", place][1]
-        return self.code.at(self.partials[place], self.code.times(row, stride))
+    def _row_of_step(self, step: ir.Value, row: ir.Value, index: ir.Value, buffers: list[ir.Value]) -> None:
+        """All vectors of a step in one row, the one of number ``index`` in the tiles in ``buffers``."""
+        code = self.code
+        partials = {}
+        for place in self.region.reductions:
+            offset = code.times(step, self.floats.lanes)
+            partials[place] = code.at(self.memory.partial(place, row), offset)
+            # Each step has its own, so that the sum does not depend on who takes which steps.
+            code.store(self.floats.splat(_NEUTRAL[self.nodes[place].op]), partials[place])
+        pointers = Pointers({view: rows(row) for view, rows in self.views.items()}, partials)
+        first, vectors = self._vectors(step)
+        with code.loop(vectors) as vector:
+            self._body(code.plus(first, vector), pointers, self._tiled(buffers, index, vector, vectors))
 
     # Products
 
-    def _products(self) -> None:
+    def _products(self, begin: ir.Value, end: ir.Value) -> None:
         code, sweep, lanes = self.code, self.sweep, self.floats.lanes
-        sources = [self.memory.start(group.source, self.step) for group in sweep.groups]
-        panels = [self.memory.base("panel", self.layout.groups.index(group)) for group in sweep.groups]
-        buffers = []
+        rows_of = [self.memory.rows(group.source) for group in sweep.groups]
+        panels = [code.at(self.memory.base("panels"), group.offset) for group in sweep.groups]
+        buffers, sources = [], []
         for group in sweep.groups:
             size = len(group.products) * sweep.stride * sweep.rows
             buffer = code.b.alloca(self.floats.vector, size)
             buffer.align = lanes * self.floats.bytes
             buffers.append(buffer)
+            sources.append(code.b.alloca(POINTER, sweep.rows))
         # Tiles of nearly equal height: 8 rows are 4 and 4, not 6 and 2.
         tiles = code.b.udiv(code.plus(self.count, sweep.rows - 1), code.number(sweep.rows))
         height = code.b.udiv(self.count, tiles)
         higher = code.b.urem(self.count, tiles, name="higher")
-        with code.loop(-(-sweep.vectors // sweep.stride)) as step:
-            first = code.times(step, sweep.stride)
-            vectors = code.smaller(code.b.sub(code.number(sweep.vectors), first), sweep.stride)
-            with code.sums([code.number(0)], tiles) as (tile, (begin,), following):
-                extra = code.b.zext(code.b.icmp_unsigned("<", tile, higher), I64)
-                rows = code.plus(height, extra)
-                chosen = code.b.gep(self.active, [begin], source_etype=I64)
-                for group, (source, stride), panel, buffer in zip(sweep.groups, sources, panels, buffers, strict=True):
-                    offset = code.times(step, group.length * len(group.products) * sweep.stride * lanes)
-                    arguments = [code.at(panel, offset), source, code.number(stride), chosen, rows]
-                    self._call(group, vectors, [*arguments, code.number(group.length), buffer])
+        with code.loop(end, begin) as step:
+            _, vectors = self._vectors(step)
+            with code.sums([code.number(0)], tiles) as (tile, (top,), following):
+                rows = code.plus(height, code.b.zext(code.b.icmp_unsigned("<", tile, higher), I64))
                 with code.loop(rows) as index:
-                    pointers = self._pointers(self._row(code.plus(begin, index)))
-                    with code.loop(vectors) as vector:
-                        tiled = self._tiled(buffers, index, vector, vectors)
-                        self._body(code.plus(first, vector), pointers, tiled)
-                following.append(code.plus(begin, rows))
+                    row = self._row(code.plus(top, index))
+                    for found, source in zip(rows_of, sources, strict=True):
+                        code.b.store(found(row), code.b.gep(source, [index], source_etype=POINTER))
+                for group, panel, source, buffer in zip(sweep.groups, panels, sources, buffers, strict=True):
+                    offset = code.times(step, group.length * len(group.products) * sweep.stride * lanes)
+                    self._call(
+                        group, vectors, [code.at(panel, offset), source, rows, code.number(group.length), buffer]
+                    )
+                with code.loop(rows) as index:
+                    self._row_of_step(step, self._row(code.plus(top, index)), index, buffers)
+                following.append(code.plus(top, rows))
 
     def _call(self, group: Group, vectors: ir.Value, arguments: list[ir.Value]) -> None:
         """The product with as many columns as this step has."""
@@ -248,26 +256,14 @@ class _Sweep:
             return self.floats.splat(node.number)
         if view.splat:
             value = code.load_splat(pointers.views[view])
+        elif view.features:
+            value = code.gather(pointers.views[view], view.features, offset, mask)
         else:
             value = code.load(code.at(pointers.views[view], offset), mask)
             if node.op is Op.INPUT and not view.home and self.sweep.groups:
                 # A tile reads a few features of many rows, too many streams for the machine to foresee.
                 code.prefetch(code.at(pointers.views[view], code.plus(offset, self.floats.lanes * self.sweep.stride)))
         return code.b.fcmp_unordered("!=", value, self.floats.splat(0.0)) if kind is Kind.BOOL else value
-
-    def _finish(self, place: int, row: ir.Value) -> None:
-        """One number from the partial ones of each lane."""
-        code, node = self.code, self.nodes[place]
-        value = code.load(self._partial(place, row))
-        lanes = self.floats.lanes
-        half = lanes // 2
-        while half:
-            order = [(lane + half) % lanes for lane in range(lanes)]
-            order = ir.Constant(ir.VectorType(I32, lanes), order)
-            value = _REDUCE[node.op](code, value, code.b.shuffle_vector(value, value, order))
-            half //= 2
-        start, stride = self.finals[place]
-        code.store_first(value, code.at(start, code.times(row, stride)))
 
 
 def pointwise(code: Code, node: Node, args: list[ir.Value]) -> ir.Value:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
+import llvmlite
 import llvmlite.binding as binding
+
+import recurra
+from recurra.compiler.llvm import cache
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Target:
     registers: int
 
 
-@cache
+@functools.cache
 def host() -> Target:
     """This machine."""
     _initialise()
@@ -34,32 +39,69 @@ def host() -> Target:
     return Target(cpu, flat, 16, 32 if arm else 16)
 
 
-@cache
+@functools.cache
 def _initialise() -> None:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
 
 
+# Values never go through memory in the text, and its vectors and tiles are what the machine is to have. What the
+# whole pipelines look for beyond this took four fifths of their time and made nothing faster.
+PASSES = (
+    "always_inliner",
+    "global_dead_code_eliminate",
+    "simplify_cfg",
+    "instruction_combine",
+    "loop_rotate",
+    "new_gvn",
+    "simplify_cfg",
+)
+CODE = {"opt": 3, "codemodel": "jitdefault", "jit": True}
+
+
 class Engine:
-    """Native code in memory. It lives as long as this object."""
+    """Native code in memory. It lives as long as this object.
+
+    compiled: the code as it came from the compiler, or from the cache.
+    """
 
     def __init__(self, assembly: str, target: Target) -> None:
         _initialise()
-        machine = binding.Target.from_default_triple().create_target_machine(
-            cpu=target.cpu, features=target.features, opt=3, codemodel="jitdefault", jit=True
-        )
-        module = binding.parse_assembly(assembly)
-        module.triple, module.data_layout = machine.triple, str(machine.target_data)
-        module.verify()
-        # The vectors and tiles are already in the text: what would look for more only costs time.
-        options = binding.create_pipeline_tuning_options(speed_level=2)
-        options.loop_vectorization = False
-        options.slp_vectorization = False
-        options.loop_unrolling = False
-        passes = binding.create_pass_builder(machine, options)
-        passes.getModulePassManager().run(module, passes)
-        self._engine = binding.create_mcjit_compiler(module, machine)
+        self.compiled = cache.compiled(_content(assembly, target), lambda: _translate(assembly, target))
+        machine = _machine(target)
+        # An engine must begin with a module; this one is empty.
+        self._engine = binding.create_mcjit_compiler(_module("", machine), machine)
+        self._engine.add_object_file(binding.object_file.ObjectFileRef.from_data(self.compiled.code))
         self._engine.finalize_object()
 
     def address(self, name: str) -> int:
         return int(self._engine.get_function_address(name))
+
+
+def _content(assembly: str, target: Target) -> list[str]:
+    """All that the code depends on."""
+    llvm = ".".join(map(str, binding.llvm_version_info))
+    versions = [recurra.__version__, llvmlite.__version__, llvm, binding.get_default_triple()]
+    return [*versions, repr(target), repr(PASSES), repr(CODE), assembly]
+
+
+def _translate(assembly: str, target: Target) -> bytes:
+    machine = _machine(target)
+    module = _module(assembly, machine)
+    module.verify()
+    passes = binding.create_new_module_pass_manager()
+    for name in PASSES:
+        getattr(passes, f"add_{name}_pass")()
+    passes.run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
+    return bytes(machine.emit_object(module))
+
+
+def _machine(target: Target) -> Any:
+    default = binding.Target.from_default_triple()
+    return default.create_target_machine(cpu=target.cpu, features=target.features, **CODE)
+
+
+def _module(assembly: str, machine: Any) -> Any:
+    module = binding.parse_assembly(assembly)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    return module

@@ -1,0 +1,258 @@
+"""A loop of a schedule as native code: what it takes from PyTorch's tensors, and what it gives back.
+
+Legend: T time, B batch, I input, H hidden, O output, D any feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from recurra.compiler.ir import Node, Op, Program
+from recurra.compiler.llvm import gemm
+from recurra.compiler.llvm.kernel import Kernel, kernel_for
+from recurra.compiler.lower import Lowered, lower
+from recurra.compiler.rows import Rows, by_row, from_rows
+from recurra.compiler.stages import ROWS, Compiled, Functions, Values
+from recurra.errors import BackendError
+
+_aten = torch.ops.aten
+
+
+class CPU:
+    """Makes native code of loops, for this machine's processor; ``rows`` says where the batch lies in every value."""
+
+    functions: Functions = MappingProxyType(
+        {_aten.mm.default: gemm.mm, _aten.addmm.default: gemm.addmm, _aten.sum.dim_IntList: gemm.total}
+    )
+
+    def __init__(self, rows: Mapping[fx.Node, Rows | None]) -> None:
+        self.rows = rows
+
+    def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node]) -> NativeLoop:
+        """Raises BackendError, with the operation and the user's line, where the loop cannot be compiled."""
+        device = compiled.inputs[0].meta["val"].device
+        if device.type != "cpu":
+            raise BackendError(f"native code is for the CPU, and the state is on {device}; use backend='hoisted'")
+        return NativeLoop(compiled, lower(compiled, self.rows, forms, free), self.rows)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An output of the program that is the value of ``node``. ``carry`` is given where it is that carry's old value,
+    which is the new one of the step before and need not be written twice."""
+
+    node: fx.Node
+    output: int
+    carry: int | None = None
+
+
+class NativeLoop:
+    """One loop, compiled. ``lowered`` has the program and the nodes of its operands."""
+
+    def __init__(self, compiled: Compiled, lowered: Lowered, rows: Mapping[fx.Node, Rows | None]) -> None:
+        self.compiled, self.lowered, self.rows = compiled, lowered, rows
+        self.dtype: torch.dtype = lowered.carries[0].meta["val"].dtype
+        self.program, self.kept = _kept(lowered)
+        self._kernels: dict[bool, Kernel] = {}
+        self.needs = (*lowered.inputs, *lowered.rows, *lowered.vectors, *lowered.matrices)
+        # An output that is an old carry as well has one step more, for the first state.
+        self._both = {kept.output for kept in self.kept if kept.carry is not None}
+        self._flat = {node for node in (*self.needs, *(kept.node for kept in self.kept)) if self._is_flat(node)}
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """The native code that there is by now."""
+        return [*self._kernels.values()]
+
+    def kernel(self, every_state: bool = False) -> Kernel:
+        """The native code; with ``every_state`` it keeps the new carries of all steps, after the other outputs."""
+        if every_state not in self._kernels:
+            program = _with_states(self.program) if every_state else self.program
+            self._kernels[every_state] = kernel_for(program, str(self.dtype).removeprefix("torch."))
+        return self._kernels[every_state]
+
+    def forward(self, call: Any, values: Values, finals: list[Tensor], fresh: Sequence[Tensor]) -> None:
+        numbers = self.compiled.stage.carries
+        begin = [_carry(finals[k]) for k in numbers]
+        afresh = [_carry(fresh[k]) for k in numbers] if call.resets is not None else None
+        state = [leaf.clone() for leaf in begin]
+        plain = call.resets is None and not (call.reverse and call.lengths is not None)
+        both = self._both if plain else set()
+        fill = call.lengths is not None and call.plan.fills
+        taken = replace(call, lengths=call.lengths.clamp(min=1)) if fill else call
+        outputs = self._launch(self.kernel(), taken, values, state, afresh, call.resets, call.reverse, both)
+        if fill:
+            idle = (call.lengths == 0)[:, None]
+            state = [torch.where(idle, first, leaf) for first, leaf in zip(begin, state, strict=True)]
+            for k, value in enumerate(outputs):
+                steps = value[call.B :] if k in both and not call.reverse else value
+                places, sources = call.filled
+                steps.index_copy_(0, places, steps.index_select(0, sources))
+        for k, leaf in zip(numbers, state, strict=True):
+            finals[k] = leaf.view(finals[k].shape)
+        size = call.T * call.B
+        for kept in self.kept:
+            value = outputs[kept.output]
+            if kept.carry is not None:
+                first = begin[kept.carry]
+                again = None if afresh is None else afresh[kept.carry]
+                value = _before(call, value, first, again, kept.output in both)
+            elif kept.output in both:
+                value = value[:size] if call.reverse else value[call.B :]
+            self._put(values, kept.node, value)
+
+    def backward(self, call: Any, values: Values, carried: list[Tensor], begun: list[Tensor | None]) -> None:
+        numbers = self.compiled.stage.carries
+        gradient = [_carry(carried[k]).clone() for k in numbers]
+        resets = call.resets
+        if resets is None:
+            outputs = self._launch(self.kernel(), call, values, gradient, None, None, not call.reverse)
+            afresh: list[Tensor | None] = [None] * len(numbers)
+        else:
+            # A row that began afresh took nothing from the step before: going back, its gradient ends before that
+            # step. What it would have been is the gradient of the fresh state.
+            zeros = [torch.zeros_like(leaf) for leaf in gradient]
+            later = torch.zeros_like(resets)
+            ahead, behind = (later[1:], resets[:-1]) if call.reverse else (later[:-1], resets[1:])
+            ahead.copy_(behind)
+            outputs = self._launch(self.kernel(True), call, values, gradient, zeros, later, not call.reverse)
+            outputs, states = outputs[: -len(numbers)], outputs[-len(numbers) :]
+            marks = resets[:, :, None]
+            afresh = [torch.where(marks, each.view(*resets.shape, each.shape[1]), 0).sum(0) for each in states]
+            first = call.first_reset()[:, None]
+            gradient = [torch.where(first, 0, leaf) for leaf in gradient]
+        for k, leaf, start in zip(numbers, gradient, afresh, strict=True):
+            shape = carried[k].shape
+            carried[k], begun[k] = leaf.view(shape), None if start is None else start.view(shape)
+        for kept in self.kept:
+            self._put(values, kept.node, outputs[kept.output])
+
+    def _launch(
+        self,
+        kernel: Kernel,
+        call: Any,
+        values: Values,
+        state: list[Tensor],
+        fresh: list[Tensor] | None,
+        resets: Tensor | None,
+        reverse: bool,
+        both: Collection[int] = (),
+    ) -> list[Tensor]:
+        """Runs the kernel on the operands. Writes ``state``; gives the outputs (T * B, D), those in ``both`` with
+        room for one step more where the first one begins."""
+        B, lowered, program = call.B, self.lowered, kernel.program
+        size = call.T * B
+        outputs, places = [], []
+        for k, place in enumerate(program.outputs):
+            width = program.nodes[place].width
+            memory = torch.empty((size + B if k in both else size, width), dtype=self.dtype)
+            skip = B * width * self.dtype.itemsize if k in both and not reverse else 0
+            outputs.append(memory)
+            places.append(memory.data_ptr() + skip)
+        if B:
+            inputs, rows, vectors, matrices = (
+                [self._operand(values, node) for node in nodes]
+                for nodes in (lowered.inputs, lowered.rows, lowered.vectors, lowered.matrices)
+            )
+            kernel.launch(
+                call.T,
+                B,
+                inputs=_addresses(inputs),
+                rows=_addresses(rows),
+                vectors=_addresses(vectors),
+                matrices=_addresses(matrices),
+                state=_addresses(state),
+                fresh=None if fresh is None else _addresses(fresh),
+                outputs=places,
+                lengths=0 if call.lengths is None else call.lengths.data_ptr(),
+                resets=0 if resets is None else resets.data_ptr(),
+                reverse=reverse,
+                threads=torch.get_num_threads(),
+            )
+        return outputs
+
+    # Tensors of the program, and tensors of the graph
+
+    def _is_flat(self, node: fx.Node) -> bool:
+        """Whether the value of a node is what the program has, (B, D), or has no rows."""
+        rows, like = self.rows[node], node.meta["val"]
+        if like.dtype is not self.dtype:
+            return False
+        return rows is None or (rows.axis == 0 and rows.factor == 1 and like.dim() == 2)
+
+    def _operand(self, values: Values, node: fx.Node) -> Tensor:
+        value = values.get(node)
+        if node not in self._flat:
+            rows = self.rows[node]
+            value = (value if rows is None else by_row(value, rows)).to(self.dtype)
+        return value.contiguous()
+
+    def _put(self, values: Values, node: fx.Node, value: Tensor) -> None:
+        if node not in self._flat:
+            rows, like = self.rows[node], node.meta["val"]
+            assert rows is not None
+            value = from_rows(value, rows, like).to(like.dtype)
+        values.put(node, ROWS, value)
+
+
+def _carry(leaf: Tensor) -> Tensor:
+    return leaf.reshape(leaf.shape[0], prod(leaf.shape[1:])).contiguous()
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _before(call: Any, after: Tensor, begin: Tensor, fresh: Tensor | None, both: bool) -> Tensor:
+    """A carry before each step (T * B, D), of its values after each step; with ``both`` these have room for it."""
+    T, B, reverse = call.T, call.B, call.reverse
+    if both:
+        after[T * B :].copy_(begin) if reverse else after[:B].copy_(begin)
+        return after[B:] if reverse else after[: T * B]
+    old = torch.cat([after[B:], begin] if reverse else [begin, after[: T * B - B]]).view(T, B, begin.shape[1])
+    if reverse and call.lengths is not None:
+        steps = torch.arange(T)[:, None, None]
+        old = torch.where(steps >= call.lengths[:, None] - 1, begin, old)
+    old = old if fresh is None else torch.where(call.resets[:, :, None], fresh, old)
+    return old.view(T * B, begin.shape[1])
+
+
+def _kept(lowered: Lowered) -> tuple[Program, tuple[_Kept, ...]]:
+    """The program without the outputs that are another one's copy, or that one's value a step before."""
+    program = lowered.program
+    nodes, outputs = program.nodes, program.outputs
+
+    def same(place: int) -> int:
+        node = nodes[place]
+        whole = node.op is Op.SLICE and node.width == nodes[node.args[0]].width
+        return node.args[0] if whole and node.args[0] in outputs else place
+
+    kept: list[tuple[fx.Node, int, int | None]] = []
+    for node, place in zip(lowered.outputs, map(same, outputs), strict=True):
+        value = nodes[place]
+        after = program.new[value.index] if value.op is Op.CARRY else None
+        if after is not None and same(after) in outputs and nodes[after].op is not Op.CARRY:
+            kept.append((node, same(after), value.index))
+        else:
+            kept.append((node, place, None))
+    needed = list(dict.fromkeys(place for _, place, _ in kept))
+    program = replace(program, outputs=tuple(needed))
+    return program, tuple(_Kept(node, needed.index(place), carry) for node, place, carry in kept)
+
+
+def _with_states(program: Program) -> Program:
+    """The program that keeps the new value of every carry as well."""
+    nodes, outputs = list(program.nodes), list(program.outputs)
+    for place in program.new:
+        if place in outputs:
+            nodes.append(Node(Op.SLICE, (place,), nodes[place].width))
+            place = len(nodes) - 1
+        outputs.append(place)
+    return replace(program, nodes=tuple(nodes), outputs=tuple(outputs))
