@@ -48,7 +48,7 @@ def run(path: Path, *more: str) -> int:
 
 
 def test_a_run_measures_every_cell_and_writes_figures_and_a_page(alone, tmp_path, capsys):
-    assert run(tmp_path / "tiny.json", "--backend", "hoisted") == 0
+    assert run(tmp_path / "tiny.json", "--backend", "compiled") == 0
     record = json.loads((tmp_path / "tiny.json").read_text())
     assert record["complete"]
     assert record["failed"] == []

@@ -145,7 +145,7 @@ def test_a_pool_with_fewer_threads_than_are_asked_for_is_enough(by, monkeypatch)
 
 
 SMALL = """
-import ctypes, numpy as np
+import ctypes, sys, numpy as np
 from native import kernel_of, cast
 from loop_programs import random_operands
 from recurra.compiler.llvm.code import Floats
@@ -161,7 +161,7 @@ def check(*_):
     outputs, state = kernel(operands, 4)
     for one, other in zip([*outputs, *state], [*expected[0], *expected[1]]):
         np.testing.assert_array_equal(one, other)
-    print('same')
+    sys.stdout.write('same\n')
 """
 NESTED = """
 inside = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(check)
