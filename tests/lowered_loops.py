@@ -16,13 +16,13 @@ import catalogue
 from recurra.cell import Cell, leaves
 from recurra.compiler import hoisted
 from recurra.compiler.context import find_rows
+from recurra.compiler.eager import EagerLoop, steps
 from recurra.compiler.hoisted import Call
 from recurra.compiler.interpret import interpret
 from recurra.compiler.lower import Lowered, decompositions, lower
 from recurra.compiler.operands import Operands
 from recurra.compiler.plan import Analysis, Plan
 from recurra.compiler.rows import by_row
-from recurra.compiler.stages import Values
 from recurra.compiler.trace import trace, weights_of
 from recurra.compiler.verify import verify
 
@@ -93,27 +93,28 @@ def features(value: Tensor, rows) -> Tensor:
     return by_row(value, rows).double().contiguous()
 
 
-def stacked(values: Values, node, rows) -> Tensor:
+def stacked(value: Tensor, T: int, rows) -> Tensor:
     """A value of all steps as (T, B, D)."""
-    return torch.stack([features(value, rows[node]) for value in values.steps(node)])
+    return torch.stack([features(part, rows) for part in steps(value, rows, T)])
 
 
-def constant(values: Values, node) -> Tensor:
-    """A value without rows. The stages keep only what they need themselves; the rest is calculated again."""
-    try:
-        return values.get(node)
-    except KeyError:
+def constant(values: dict[fx.Node, Tensor], node) -> Tensor:
+    """A value without rows. The stages hand on only what they need themselves; the rest is calculated again."""
+    if node not in values:
         return node.target(*fx.node.map_arg(node.args, partial(constant, values)), **node.kwargs)
+    return values[node]
 
 
-def operands_of(call: Call, lowered: Lowered, values: Values, state: list[Tensor], reverse: bool) -> Operands:
+def operands_of(
+    call: Call, lowered: Lowered, values: dict[fx.Node, Tensor], state: list[Tensor], reverse: bool
+) -> Operands:
     rows = call.plan.analysis.rows
     program = lowered.program
     return Operands(
         T=call.T,
         B=call.B,
-        inputs=[stacked(values, node, rows).numpy() for node in lowered.inputs],
-        rows=[features(values.get(node), rows[node]).numpy() for node in lowered.rows],
+        inputs=[stacked(values[node], call.T, rows[node]).numpy() for node in lowered.inputs],
+        rows=[features(constant(values, node), rows[node]).numpy() for node in lowered.rows],
         vectors=[constant(values, node).reshape(-1).double().numpy() for node in lowered.vectors],
         matrices=[
             constant(values, node).reshape(shape).double().contiguous().numpy()
@@ -125,33 +126,36 @@ def operands_of(call: Call, lowered: Lowered, values: Values, state: list[Tensor
 
 
 class Watch:
-    """Lowers every loop that the hoisted path runs, and compares the program's numbers with the loop's own."""
+    """Lowers every loop that the hoisted path runs, and compares the program's numbers with the loop's own.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tolerance: float) -> None:
-        self.tolerance = tolerance
+    ``constants`` are the values of weights and context, of which a lowered loop may take one that the stages have
+    turned already.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tolerance: float, constants: dict[fx.Node, Tensor]) -> None:
+        self.tolerance, self.constants = tolerance, constants
         self.programs: list[Lowered] = []
         self.operands: list[Operands] = []
-        # A lowered loop may take a weight that the stages have turned already.
-        monkeypatch.setattr(Values, "drop", lambda self, nodes: None)
-        for name, backward in (("_loop_forward", False), ("_loop_backward", True)):
-            monkeypatch.setattr(hoisted, name, self.around(getattr(hoisted, name), backward))
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(EagerLoop, name, self.around(getattr(EagerLoop, name), name == "backward"))
 
     def around(self, right, backward: bool):
-        def run(call, compiled, values, finals, rest):
-            lowered = lower(compiled, call.plan.analysis.rows)
-            verify(lowered.program)
-            numbers = compiled.stage.carries
-            state = [finals[k].detach() for k in numbers]
-            operands = operands_of(call, lowered, values, state, call.reverse != backward)
-            right(call, compiled, values, finals, rest)
-            self.programs.append(lowered)
-            self.operands.append(operands)
-            outputs, state = interpret(lowered.program, operands)
+        def run(loop, call, operands, state, *fresh):
             rows = call.plan.analysis.rows
-            expected = [stacked(values, node, rows) for node in lowered.outputs]
-            expected += [features(finals[k], rows[node]) for k, node in zip(numbers, lowered.carries, strict=True)]
-            for ours, theirs in zip([*outputs, *state], expected, strict=True):
+            lowered = lower(loop.compiled, rows)
+            verify(lowered.program)
+            values = {**self.constants, **dict(zip(loop.needs, operands, strict=True))}
+            given = operands_of(call, lowered, values, [leaf.detach() for leaf in state], call.reverse != backward)
+            results = right(loop, call, operands, state, *fresh)
+            self.programs.append(lowered)
+            self.operands.append(given)
+            outputs, last = interpret(lowered.program, given)
+            values = dict(zip(loop.gives, results[-len(loop.gives) :], strict=True)) if loop.gives else {}
+            expected = [stacked(values[node], call.T, rows[node]) for node in lowered.outputs]
+            expected += [features(leaf, rows[node]) for leaf, node in zip(results, lowered.carries, strict=False)]
+            for ours, theirs in zip([*outputs, *last], expected, strict=True):
                 torch.testing.assert_close(torch.tensor(ours), theirs, rtol=self.tolerance, atol=self.tolerance)
+            return results
 
         return run
 
@@ -175,10 +179,11 @@ def check(monkeypatch, cell: Cell, T: int = 5, B: int = 4, table=None, reverse: 
     analysis = Analysis(trace(cell, x[0], state, context, rows, decompositions() if table is None else table))
     step = analysis.step
     inputs = [*step.weights.values(), step.x, *step.context]
+    tensors = [t.detach() for t in (x, *weights_of(cell).values(), *parts, *leaves_, *leaves_)]
+    constants = dict(zip(analysis.inputs, [*tensors[1 : -2 * len(leaves_)], *step.constants.values()], strict=True))
+    watch = Watch(monkeypatch, 1e-12 if dtype is torch.float64 else 2e-5, constants)
     plan = Plan(analysis, frozenset(inputs), [True] * len(leaves_))
     call = Call(plan, T, B, None, None, reverse, lambda tensors: ())
-    tensors = [t.detach() for t in (x, *weights_of(cell).values(), *parts, *leaves_, *leaves_)]
-    watch = Watch(monkeypatch, 1e-12 if dtype is torch.float64 else 2e-5)
     y, finals, saved = hoisted.forward(call, tensors)
     gradients = [normal(*result.shape) for result in (y, *finals)]
     hoisted.backward(call, tensors, saved, gradients, [True] * len(tensors))

@@ -18,13 +18,13 @@ from faster import path_of
 from paths import by_recurrent
 from recurra import cells
 from recurra.cell import Cell
-from recurra.compiler import autograd, door, fuse, hoisted, memory, native
+from recurra.compiler import assemble, autograd, door, eager, fuse, hoisted, memory, native
+from recurra.compiler.eager import EagerLoop
 from recurra.compiler.ir import Op
 from recurra.compiler.lower import Lowering
 from recurra.compiler.native import NativeLoop
 from recurra.compiler.plan import Plan
 from recurra.compiler.rows import Rows
-from recurra.compiler.stages import Values
 
 _aten = torch.ops.aten
 
@@ -63,7 +63,11 @@ ENTRIES = {
 def changed(owner, name, wrong):
     """The function, given the right one and what it is called with."""
     right = getattr(owner, name)
-    return lambda monkeypatch: monkeypatch.setattr(owner, name, lambda *args, **named: wrong(right, *args, **named))
+
+    def change(*args, **named):
+        return wrong(right, *args, **named)
+
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, change)
 
 
 # --- the door and the hoisted loop ---
@@ -75,32 +79,29 @@ def a_mask_one_step_late(right, x, lengths):
 
 
 def without(mask):
-    return lambda right, call, *rest: right(replace(call, **{mask: None}), *rest)
+    return lambda right, self, call, *rest: right(self, replace(call, **{mask: None}), *rest)
 
 
-def in_the_order_of_time(right, call, *rest):
-    right(replace(call, reverse=not call.reverse), *rest)
+def in_the_order_of_time(right, self, call, *rest):
+    return right(self, replace(call, reverse=not call.reverse), *rest)
 
 
-def no_gradient_of_the_fresh_state(right, *rest):
-    right(*rest)
-    rest[-1][:] = [None] * len(rest[-1])
+def no_gradient_of_the_fresh_state(right, self, call, operands, gradient):
+    found = right(self, call, operands, gradient)
+    return [*found[: len(gradient)], *[None] * len(gradient), *found[2 * len(gradient) :]]
 
 
-def steps_and_rows_confused(right, self, node):
-    parts = right(self, node)
+def steps_and_rows_confused(right, value, rows, T):
+    parts = right(value, rows, T)
     return torch.stack(list(parts)).transpose(0, 1).reshape(len(parts), *parts[0].shape).unbind(0)
 
 
-def only_the_last_step(right, self, node):
-    return self.steps(node)[-1] if self._values[node][0] == "rows" else right(self, node)
+def only_the_last_step(right, total):
+    return lambda value, T, axis, apart: eager.steps(value, Rows(axis, apart, apart), T)[-1]
 
 
-def spread_the_wrong_way(right, self, node):
-    form, value = self._values[node]
-    if form == "once" and self.rows[node] is not None:
-        return value.repeat_interleave(self.run.T, self.rows[node].axis)
-    return right(self, node)
+def spread_the_wrong_way(right, value, T, axis, apart):
+    return value.repeat_interleave(T, axis)
 
 
 # --- native loops ---
@@ -136,8 +137,8 @@ def backward_through_the_padding(right, self, kernel, call, values, state, fresh
     return right(self, kernel, call, values, state, fresh, resets, reverse, *rest)
 
 
-def never_begun_rows_take_a_step(right, self, call, values, finals, fresh):
-    right(self, replace(call, lengths=call.lengths.clamp(min=1)), values, finals, fresh)
+def never_begun_rows_take_a_step(right, self, call, *rest):
+    return right(self, replace(call, lengths=call.lengths.clamp(min=1)), *rest)
 
 
 def no_first_reset(right, call):
@@ -158,7 +159,7 @@ def nothing_in_the_padding(monkeypatch):
 
 def a_weight_forgotten(right, self, *rest):
     right(self, *rest)
-    self.wanted = dict(list(self.wanted.items())[:-1])
+    self.places = self.places[:-1]
 
 
 def saved_values_in_another_order(right, call, tensors, saved, *rest):
@@ -211,16 +212,16 @@ def sunk_with_operands_swapped(right, self, node):
 both = ("lengths", "resets")
 HOISTED = {
     "a mask one step late": (changed(door, "fill_padding", a_mask_one_step_late), "LSTM"),
-    "backward without lengths": (changed(hoisted, "_loop_backward", without("active")), "LSTM"),
-    "backward without resets": (changed(hoisted, "_loop_backward", without("resets")), "LSTM"),
-    "backward in the order of time": (changed(hoisted, "_loop_backward", in_the_order_of_time), "GRU"),
+    "backward without lengths": (changed(EagerLoop, "backward", without("active")), "LSTM"),
+    "backward without resets": (changed(EagerLoop, "backward", without("resets")), "LSTM"),
+    "backward in the order of time": (changed(EagerLoop, "backward", in_the_order_of_time), "GRU"),
     "no gradient of the fresh state": (
-        changed(hoisted, "_loop_backward", no_gradient_of_the_fresh_state),
+        changed(EagerLoop, "backward", no_gradient_of_the_fresh_state),
         "LearnedInitialState",
     ),
-    "steps and rows confused": (changed(Values, "steps", steps_and_rows_confused), "LSTM"),
-    "sums over time left out": (changed(Values, "total", only_the_last_step), "LSTM"),
-    "context spread the wrong way": (changed(Values, "batched", spread_the_wrong_way), "masked"),
+    "steps and rows confused": (changed(eager, "steps", steps_and_rows_confused), "LSTM"),
+    "sums over time left out": (changed(assemble, "summing", only_the_last_step), "LSTM"),
+    "context spread the wrong way": (changed(assemble, "spread", spread_the_wrong_way), "masked"),
 }
 # A change, a cell, options of the case, the memory mode.
 NATIVE = {
@@ -285,7 +286,7 @@ NATIVE = {
     "nothing in the padding": (nothing_in_the_padding, "MLSTM", ("lengths",), "store"),
     "values in another order": (changed(memory, "backward", saved_values_in_another_order), "LSTM", (), "store"),
     "a mask one step late": (changed(door, "fill_padding", a_mask_one_step_late), "LSTM", both, "store"),
-    "sums over time left out": (changed(Values, "total", only_the_last_step), "LSTM", both, "store"),
+    "sums over time left out": (changed(assemble, "summing", only_the_last_step), "LSTM", both, "store"),
     "always the first part": (changed(Rows, "steps", always_the_first_part), "LSTM", (), "recompute"),
     "parts without the carried gradient": (
         changed(hoisted, "backward", without_the_carried_gradient),

@@ -35,8 +35,9 @@ class OverTime(torch.autograd.Function):
         ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*tensors, *saved)
         results = own([y, *finals], [*tensors, *saved])
-        flat = zip(results, call.plan.differentiable, strict=True)
-        ctx.mark_non_differentiable(*(result for result, differentiable in flat if not differentiable))
+        if not all(call.plan.differentiable):
+            flat = zip(results, call.plan.differentiable, strict=True)
+            ctx.mark_non_differentiable(*(result for result, differentiable in flat if not differentiable))
         return tuple(results)
 
     @staticmethod

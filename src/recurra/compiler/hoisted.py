@@ -1,22 +1,19 @@
-"""The hoisted loop: the carry's part of a step, step by step, and all the rest in large batched operations.
+"""A run of a plan: the carry's part of a step, step by step, and all the rest in large batched operations.
 
 Legend: T time, B batch, I input, H hidden, O output, D any feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from recurra.compiler.plan import Plan
-from recurra.compiler.schedule import BATCHED, LOOP, ONCE, SUMMED
-from recurra.compiler.stages import ROWS, Compiled, Run, Values
 
 
 @dataclass(frozen=True)
@@ -71,22 +68,15 @@ class Call:
 
 def forward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """y (T * B, O), the final leaves, and what the backward pass takes."""
-    plan, step = call.plan, call.plan.step
-    x, inputs, state, fresh = _sort(plan, tensors)
-    values = _given(call, x, inputs)
-    finals = list(state)
-    with _no_autocast(x):
-        for compiled, forget in zip(plan.ahead.stages, plan.ahead.forget, strict=True):
-            if compiled.native is not None:
-                compiled.native.forward(call, values, finals, fresh)
-            elif compiled.stage.kind == LOOP:
-                _loop_forward(call, compiled, values, finals, fresh)
-            else:
-                _stage(call, compiled, values)
-            values.drop(forget)
-        y = values.batched(step.y)
-        call.taps.update({name: values.batched(node) for name, node in step.taps.items()})
-        return y, finals, [values.get(node) for node in plan.saved]
+    plan, step, x = call.plan, call.plan.step, tensors[0]
+    count = len(tensors) - 2 * len(step.old)
+    rows = x.reshape(call.T * call.B, x.shape[2])
+    given = [*tensors[1:count], *step.constants.values(), *tensors[count:]]
+    results = _run(plan.ahead.function, x, call, rows, *given)
+    saved = 1 + len(step.taps)
+    finals = saved + len(plan.saved)
+    call.taps.update(zip(step.taps, results[1:saved], strict=True))
+    return results[0], list(results[finals:]), list(results[saved:finals])
 
 
 def backward(
@@ -97,156 +87,27 @@ def backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradient of each of ``tensors``, None where none is wanted or it is zero."""
-    plan, step = call.plan, call.plan.step
-    x, inputs, _, _ = _sort(plan, tensors)
-    values = _given(call, x, inputs)
-    for node, tensor in zip(plan.saved, saved, strict=True):
-        values.put(node, ROWS if node in plan.analysis.varying else ONCE, tensor)
-    if step.y_gradient is not None:
-        values.put(step.y_gradient, ROWS, gradients[0])
-    carried = [gradients[1 + k] for k in plan.differentiated]
-    begun: list[Tensor | None] = [None] * len(carried)
-    with _no_autocast(x):
-        for compiled, forget in zip(plan.back.stages, plan.back.forget, strict=True):
-            if compiled.native is not None:
-                compiled.native.backward(call, values, carried, begun)
-            elif compiled.stage.kind == LOOP:
-                _loop_backward(call, compiled, values, carried, begun)
-            else:
-                _stage(call, compiled, values)
-            values.drop(forget)
-        found: dict[fx.Node, Tensor] = {}
-        for node, gradient in plan.wanted.items():
-            found[node] = values.batched(gradient) if node is step.x else values.total(gradient)
-    first: list[Tensor | None] = [None] * (2 * len(step.old))
-    for place, k in enumerate(plan.differentiated):
+    plan, step, x = call.plan, call.plan.step, tensors[0]
+    old = len(step.old)
+    count = len(tensors) - 2 * old
+    rows = x.reshape(call.T * call.B, x.shape[2])
+    given = [rows, *tensors[1:count], *step.constants.values(), *saved]
+    given += [] if step.y_gradient is None else [gradients[0]]
+    found = _run(plan.back.function, x, call, *given, *(gradients[1 + k] for k in plan.differentiated))
+    results: list[Tensor | None] = [None] * len(tensors)
+    for place, gradient in zip(plan.places, found, strict=False):
+        results[place] = gradient.view(x.shape) if place == 0 else gradient
+    carried, ends = len(plan.wanted), len(plan.differentiated)
+    for place, k in enumerate(plan.differentiated, carried):
         if k in plan.first:
-            first[k], first[len(step.old) + k] = carried[place], begun[place]
-    gradient_x = found.get(step.x)
-    results = [
-        None if gradient_x is None else gradient_x.view(x.shape),
-        *(found.get(node) for node in plan.analysis.inputs[: len(inputs)]),
-        *first,
-    ]
+            results[count + k], results[count + old + k] = found[place], found[place + ends]
     return [result if want else None for result, want in zip(results, wanted, strict=True)]
 
 
-def _sort(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """x, weights and context, state, fresh state."""
-    count = len(plan.step.old)
-    ends = len(tensors) - 2 * count
-    return tensors[0], tensors[1:ends], tensors[ends : ends + count], tensors[ends + count :]
-
-
-def _given(call: Call, x: Tensor, inputs: Sequence[Tensor]) -> Values:
-    plan = call.plan
-    functions = None if plan.backend is None else plan.backend.functions
-    values = Values(Run(call.T, call.B), plan.analysis.rows, functions)
-    values.put(plan.step.x, ROWS, x.reshape(call.T * call.B, x.shape[2]))
-    for node, tensor in zip(plan.analysis.inputs, [*inputs, *plan.step.constants.values()], strict=True):
-        values.put(node, ONCE, tensor)
-    return values
-
-
-def _stage(call: Call, compiled: Compiled, values: Values) -> None:
-    take = {ONCE: values.get, BATCHED: values.batched, SUMMED: values.total}[compiled.stage.kind]
-    size = call.T * call.B if compiled.stage.kind == BATCHED else call.B
-    results = compiled.function(size, *(take(node) for node in compiled.inputs))
-    for node, result in zip(compiled.outputs, results, strict=True):
-        values.put(node, compiled.forms[node], result)
-
-
-def _loop_forward(
-    call: Call, compiled: Compiled, values: Values, finals: list[Tensor], fresh: Sequence[Tensor]
-) -> None:
-    """Runs the time loop of a component. ``finals`` holds its first state, then its last."""
-    numbers = compiled.stage.carries
-    count = len(numbers)
-    state, begin = [finals[k] for k in numbers], [fresh[k] for k in numbers]
-    active, resets = _masks(call.active, state), _masks(call.resets, state)
-    slices, rest = _operands(call, compiled, values)
-    kept = _columns(call, compiled)
-    for t in call.steps:
-        if resets is not None:
-            state = [torch.where(m[t], f, s) for m, f, s in zip(resets, begin, state, strict=True)]
-        results = compiled.function(call.B, *state, *slices[t], *rest)
-        for at, column in kept.values():
-            column[t] = results[at]
-        if active is None:
-            state = results[:count]
-        else:
-            state = [torch.where(m[t], n, s) for m, n, s in zip(active, results, state, strict=False)]
-    for k, leaf in zip(numbers, state, strict=True):
-        finals[k] = leaf
-    values.join(list(kept), [column for _, column in kept.values()])
-
-
-def _loop_backward(
-    call: Call, compiled: Compiled, values: Values, carried: list[Tensor], begun: list[Tensor | None]
-) -> None:
-    """Runs the backward loop of a component, against the order of its steps.
-
-    ``carried`` holds the gradient of the last state, then that of the first; ``begun`` gets that of the fresh one.
-    """
-    numbers = compiled.stage.carries
-    count = len(numbers)
-    gradient = [carried[k] for k in numbers]
-    active, resets = _masks(call.active, gradient), _masks(call.resets, gradient)
-    zeros = [torch.zeros_like(leaf) for leaf in gradient]
-    afresh = list(zeros)
-    slices, rest = _operands(call, compiled, values)
-    kept = _columns(call, compiled)
-    for t in reversed(call.steps):
-        # A row that was not active handed its state on untouched.
-        new = gradient
-        if active is not None:
-            new = [torch.where(m[t], g, z) for m, g, z in zip(active, gradient, zeros, strict=True)]
-        results = compiled.function(call.B, *new, *slices[t], *rest)
-        for at, column in kept.values():
-            column[t] = results[at]
-        if active is None:
-            gradient = results[:count]
-        else:
-            gradient = [torch.where(m[t], o, g) for m, o, g in zip(active, results, gradient, strict=False)]
-        if resets is not None:
-            # A row that began afresh took nothing from the step before.
-            afresh = [a + torch.where(m[t], g, z) for a, m, g, z in zip(afresh, resets, gradient, zeros, strict=True)]
-            gradient = [torch.where(m[t], z, g) for m, g, z in zip(resets, gradient, zeros, strict=True)]
-    for k, leaf, start in zip(numbers, gradient, afresh, strict=True):
-        carried[k], begun[k] = leaf, None if resets is None else start
-    values.join(list(kept), [column for _, column in kept.values()])
-
-
-def _operands(call: Call, compiled: Compiled, values: Values) -> tuple[Sequence[Sequence[Tensor]], list[Tensor]]:
-    """What a loop takes from outside: the slices of each step, and what is the same at all of them."""
-    count = len(compiled.stage.carries)
-    columns = [values.steps(node) for node in compiled.slices] + [values.place(node) for node in compiled.placed]
-    slices = list(zip(*columns, strict=True)) if columns else [()] * call.T
-    return slices, [values.get(node) for node in compiled.inputs[count + len(compiled.slices) :]]
-
-
-def _columns(call: Call, compiled: Compiled) -> dict[fx.Node, tuple[int, list[Any]]]:
-    """For each value that a loop must hand over from every step: where it is among the results, and room for all."""
-    return {
-        node: (at, [None] * call.T)
-        for at, node in enumerate(compiled.outputs)
-        if at >= len(compiled.stage.carries) and node not in compiled.placed
-    }
-
-
-def _masks(mask: Tensor | None, state: Sequence[Tensor]) -> list[Sequence[Tensor]] | None:
-    """For each leaf, the mask (T, B) of each step in the leaf's number of axes."""
-    if mask is None:
-        return None
-    return [mask.view(*mask.shape, *[1] * (leaf.dim() - 1)).unbind(0) for leaf in state]
-
-
-@contextmanager
-def _no_autocast(x: Tensor) -> Iterator[None]:
-    """Casts are in the graph already."""
+def _run(function: Callable[..., tuple[Any, ...]], x: Tensor, *given: Any) -> tuple[Any, ...]:
+    """Calls the function of a pass. Casts are in the graph already."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        yield
-    else:
-        with torch.autocast(kind, enabled=False):
-            yield
+        return function(*given)
+    with torch.autocast(kind, enabled=False):
+        return function(*given)

@@ -5,7 +5,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from recurra.compiler.llvm import gemm
 from recurra.compiler.llvm.kernel import Kernel, kernel_for
 from recurra.compiler.lower import Lowered, lower
 from recurra.compiler.rows import Rows, by_row, from_rows
-from recurra.compiler.stages import ROWS, Compiled, Functions, Values
+from recurra.compiler.stages import Compiled, Functions
 from recurra.errors import BackendError
 
 _aten = torch.ops.aten
@@ -62,9 +62,12 @@ class NativeLoop:
         self.program, self.kept = _kept(lowered)
         self._kernels: dict[bool, Kernel] = {}
         self.needs = (*lowered.inputs, *lowered.rows, *lowered.vectors, *lowered.matrices)
+        self.gives = tuple(kept.node for kept in self.kept)
         # An output that is an old carry as well has one step more, for the first state.
         self._both = {kept.output for kept in self.kept if kept.carry is not None}
-        self._flat = {node for node in (*self.needs, *(kept.node for kept in self.kept)) if self._is_flat(node)}
+        self._flat = {node for node in (*self.needs, *self.gives) if self._is_flat(node)}
+        self._bent = [(k, node) for k, node in enumerate(self.needs) if node not in self._flat]
+        self._widths = _widths(self.program)
 
     @property
     def kernels(self) -> list[Kernel]:
@@ -78,25 +81,25 @@ class NativeLoop:
             self._kernels[every_state] = kernel_for(program, str(self.dtype).removeprefix("torch."))
         return self._kernels[every_state]
 
-    def forward(self, call: Any, values: Values, finals: list[Tensor], fresh: Sequence[Tensor]) -> None:
-        numbers = self.compiled.stage.carries
-        begin = [_carry(finals[k]) for k in numbers]
-        afresh = [_carry(fresh[k]) for k in numbers] if call.resets is not None else None
-        state = [leaf.clone() for leaf in begin]
+    def forward(
+        self, call: Any, operands: Sequence[Tensor], state: Sequence[Tensor], fresh: Sequence[Tensor]
+    ) -> list[Tensor]:
+        begin = [_carry(leaf) for leaf in state]
+        afresh = [_carry(leaf) for leaf in fresh] if call.resets is not None else None
+        last = [leaf.clone() for leaf in begin]
         plain = call.resets is None and not (call.reverse and call.lengths is not None)
         both = self._both if plain else set()
         fill = call.lengths is not None and call.plan.fills
         taken = replace(call, lengths=call.lengths.clamp(min=1)) if fill else call
-        outputs = self._launch(self.kernel(), taken, values, state, afresh, call.resets, call.reverse, both)
+        outputs = self._launch(self.kernel(), taken, operands, last, afresh, call.resets, call.reverse, both)
         if fill:
             idle = (call.lengths == 0)[:, None]
-            state = [torch.where(idle, first, leaf) for first, leaf in zip(begin, state, strict=True)]
+            last = [torch.where(idle, first, leaf) for first, leaf in zip(begin, last, strict=True)]
             for k, value in enumerate(outputs):
                 steps = value[call.B :] if k in both and not call.reverse else value
                 places, sources = call.filled
                 steps.index_copy_(0, places, steps.index_select(0, sources))
-        for k, leaf in zip(numbers, state, strict=True):
-            finals[k] = leaf.view(finals[k].shape)
+        results = [_like(leaf, first) for leaf, first in zip(last, state, strict=True)]
         size = call.T * call.B
         for kept in self.kept:
             value = outputs[kept.output]
@@ -106,39 +109,39 @@ class NativeLoop:
                 value = _before(call, value, first, again, kept.output in both)
             elif kept.output in both:
                 value = value[:size] if call.reverse else value[call.B :]
-            self._put(values, kept.node, value)
+            results.append(self._bend(kept.node, value))
+        return results
 
-    def backward(self, call: Any, values: Values, carried: list[Tensor], begun: list[Tensor | None]) -> None:
-        numbers = self.compiled.stage.carries
-        gradient = [_carry(carried[k]).clone() for k in numbers]
+    def backward(self, call: Any, operands: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor | None]:
+        first = [_carry(leaf).clone() for leaf in gradient]
         resets = call.resets
+        afresh: list[Tensor | None] = [None] * len(first)
         if resets is None:
-            outputs = self._launch(self.kernel(), call, values, gradient, None, None, not call.reverse)
-            afresh: list[Tensor | None] = [None] * len(numbers)
+            outputs = self._launch(self.kernel(), call, operands, first, None, None, not call.reverse)
         else:
             # A row that began afresh took nothing from the step before: going back, its gradient ends before that
             # step. What it would have been is the gradient of the fresh state.
-            zeros = [torch.zeros_like(leaf) for leaf in gradient]
+            zeros = [torch.zeros_like(leaf) for leaf in first]
             later = torch.zeros_like(resets)
             ahead, behind = (later[1:], resets[:-1]) if call.reverse else (later[:-1], resets[1:])
             ahead.copy_(behind)
-            outputs = self._launch(self.kernel(True), call, values, gradient, zeros, later, not call.reverse)
-            outputs, states = outputs[: -len(numbers)], outputs[-len(numbers) :]
+            outputs = self._launch(self.kernel(True), call, operands, first, zeros, later, not call.reverse)
+            outputs, states = outputs[: -len(first)], outputs[-len(first) :]
             marks = resets[:, :, None]
-            afresh = [torch.where(marks, each.view(*resets.shape, each.shape[1]), 0).sum(0) for each in states]
-            first = call.first_reset()[:, None]
-            gradient = [torch.where(first, 0, leaf) for leaf in gradient]
-        for k, leaf, start in zip(numbers, gradient, afresh, strict=True):
-            shape = carried[k].shape
-            carried[k], begun[k] = leaf.view(shape), None if start is None else start.view(shape)
-        for kept in self.kept:
-            self._put(values, kept.node, outputs[kept.output])
+            afresh = [
+                torch.where(marks, each.view(*resets.shape, each.shape[1]), 0).sum(0).view(leaf.shape)
+                for each, leaf in zip(states, gradient, strict=True)
+            ]
+            begins = call.first_reset()[:, None]
+            first = [torch.where(begins, 0, leaf) for leaf in first]
+        ends = [_like(leaf, last) for leaf, last in zip(first, gradient, strict=True)]
+        return [*ends, *afresh, *(self._bend(kept.node, outputs[kept.output]) for kept in self.kept)]
 
     def _launch(
         self,
         kernel: Kernel,
         call: Any,
-        values: Values,
+        operands: Sequence[Tensor],
         state: list[Tensor],
         fresh: list[Tensor] | None,
         resets: Tensor | None,
@@ -147,29 +150,26 @@ class NativeLoop:
     ) -> list[Tensor]:
         """Runs the kernel on the operands. Writes ``state``; gives the outputs (T * B, D), those in ``both`` with
         room for one step more where the first one begins."""
-        B, lowered, program = call.B, self.lowered, kernel.program
-        size = call.T * B
+        B, size = call.B, call.T * call.B
         outputs, places = [], []
-        for k, place in enumerate(program.outputs):
-            width = program.nodes[place].width
+        for k, width in enumerate(self._widths if kernel.program is self.program else _widths(kernel.program)):
             memory = torch.empty((size + B if k in both else size, width), dtype=self.dtype)
             skip = B * width * self.dtype.itemsize if k in both and not reverse else 0
             outputs.append(memory)
             places.append(memory.data_ptr() + skip)
         if B:
-            inputs, rows, vectors, matrices = (
-                [self._operand(values, node) for node in nodes]
-                for nodes in (lowered.inputs, lowered.rows, lowered.vectors, lowered.matrices)
-            )
+            taken = [*operands]
+            for k, node in self._bent:
+                rows = self.rows[node]
+                taken[k] = (taken[k] if rows is None else by_row(taken[k], rows)).to(self.dtype)
+            # As long as these are there, their memory is.
+            taken = [value if value.is_contiguous() else value.contiguous() for value in taken]
             kernel.launch(
                 call.T,
                 B,
-                inputs=_addresses(inputs),
-                rows=_addresses(rows),
-                vectors=_addresses(vectors),
-                matrices=_addresses(matrices),
-                state=_addresses(state),
-                fresh=None if fresh is None else _addresses(fresh),
+                operands=[value.data_ptr() for value in taken],
+                state=[leaf.data_ptr() for leaf in state],
+                fresh=None if fresh is None else [leaf.data_ptr() for leaf in fresh],
                 outputs=places,
                 lengths=0 if call.lengths is None else call.lengths.data_ptr(),
                 resets=0 if resets is None else resets.data_ptr(),
@@ -187,27 +187,24 @@ class NativeLoop:
             return False
         return rows is None or (rows.axis == 0 and rows.factor == 1 and like.dim() == 2)
 
-    def _operand(self, values: Values, node: fx.Node) -> Tensor:
-        value = values.get(node)
-        if node not in self._flat:
-            rows = self.rows[node]
-            value = (value if rows is None else by_row(value, rows)).to(self.dtype)
-        return value.contiguous()
-
-    def _put(self, values: Values, node: fx.Node, value: Tensor) -> None:
-        if node not in self._flat:
-            rows, like = self.rows[node], node.meta["val"]
-            assert rows is not None
-            value = from_rows(value, rows, like).to(like.dtype)
-        values.put(node, ROWS, value)
+    def _bend(self, node: fx.Node, value: Tensor) -> Tensor:
+        if node in self._flat:
+            return value
+        rows, like = self.rows[node], node.meta["val"]
+        assert rows is not None
+        return from_rows(value, rows, like).to(like.dtype)
 
 
 def _carry(leaf: Tensor) -> Tensor:
-    return leaf.reshape(leaf.shape[0], prod(leaf.shape[1:])).contiguous()
+    return (leaf if leaf.dim() == 2 else leaf.reshape(leaf.shape[0], prod(leaf.shape[1:]))).contiguous()
 
 
-def _addresses(tensors: Iterable[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+def _like(leaf: Tensor, other: Tensor) -> Tensor:
+    return leaf if leaf.dim() == other.dim() else leaf.view(other.shape)
+
+
+def _widths(program: Program) -> list[int]:
+    return [program.nodes[place].width for place in program.outputs]
 
 
 def _before(call: Any, after: Tensor, begin: Tensor, fresh: Tensor | None, both: bool) -> Tensor:

@@ -5,18 +5,20 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from recurra.compiler.assemble import Ends, assemble
 from recurra.compiler.fuse import absorb
 from recurra.compiler.listing import listing
 from recurra.compiler.rows import find_rows_of_nodes
-from recurra.compiler.schedule import BATCHED, ONCE, Problem, Stage, schedule
+from recurra.compiler.schedule import BATCHED, LOOP, ONCE, SUMMED, Problem, Stage, schedule
 from recurra.compiler.stages import ROWS, Backend, Compiled, build
 from recurra.compiler.trace import Step, draws
 
@@ -30,6 +32,8 @@ _TAME = {
     _aten.where, _aten.full, _aten.full_like, _aten.clone, _aten.alias, _aten.detach,
 }  # fmt: skip
 Wanted = frozenset[fx.Node]
+Carries = list[tuple[fx.Node, fx.Node]]
+_Planned = tuple[Carries, list[tuple[fx.Node, str]], list[Compiled], dict[fx.Node, str]]
 
 
 class Analysis:
@@ -77,11 +81,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Pass:
-    """One direction: its stages, what may be forgotten after each, and the carries (from, to)."""
+    """One direction: its stages, the carries (from, to), and all of it as a function, see ``assemble``."""
 
     stages: list[Compiled]
-    forget: list[list[fx.Node]]
-    carries: list[tuple[fx.Node, fx.Node]]
+    carries: Carries
+    function: Callable[..., tuple[Any, ...]]
 
 
 class Plan:
@@ -108,15 +112,20 @@ class Plan:
         self._begun = [k for k in self.differentiated if first[k]]
         self.first = [k for k in self.differentiated if first[k] or parts]
         self.wanted = {n: g for n, g in step.gradient.items() if n in wanted and g in analysis.linear}
-        self.back = self._plan_backward()
-        made = {node for compiled in self.back.stages for node in compiled.outputs}
-        takes = {node for compiled in self.back.stages for node in compiled.needs} - made
+        carries, kinds, stages, forms = self._plan_backward()
+        made = {node for compiled in stages for node in compiled.outputs}
+        takes = {node for compiled in stages for node in compiled.needs} - made
         if memory != "recompute":
             takes |= {gradient for gradient in self.wanted.values() if gradient in analysis.forward}
-        self.given = [node for node in [step.x, *analysis.inputs] if node in takes]
         self.saved = [n for n in analysis.order if n in takes and n in analysis.forward and n.op == "call_function"]
         self.saved += [node for node in step.old if node in takes]
-        self.ahead = self._plan_forward()
+        given = [step.x, *analysis.inputs]
+        incoming = [] if step.y_gradient is None else [step.y_gradient]
+        # Where the gradients go, among the tensors of a call.
+        self.places = [given.index(node) for node in self.wanted]
+        self.back = self._pass(stages, carries, forms, [*given, *self.saved, *incoming], kinds, backward=True)
+        carries, kinds, stages, forms = self._plan_forward()
+        self.ahead = self._pass(stages, carries, forms, given, kinds)
 
     @cached_property
     def differentiable(self) -> tuple[bool, ...]:
@@ -135,24 +144,24 @@ class Plan:
         count = len(step.old)
         return tuple(k in found for k in (count, *range(count)))
 
-    def _plan_forward(self) -> Pass:
+    def _plan_forward(self) -> _Planned:
         analysis, step = self.analysis, self.step
         carries = list(zip(step.old, step.new, strict=True))
-        ends = [step.y, *step.taps.values(), *self.saved]
+        kinds = [(node, BATCHED) for node in (step.y, *step.taps.values())] + [(node, LOOP) for node in self.saved]
         problem = Problem(
             order=[node for node in analysis.order if node in analysis.forward or node in step.old],
             operands=analysis.operands,
             carries=carries,
-            outputs=ends,
+            outputs=[node for node, _ in kinds],
             finals=range(len(carries)),
             inputs=frozenset([step.x, *analysis.inputs]),
             varying=frozenset([step.x, *analysis.draws]),
             part_of={part: of for part, of in analysis.part_of.items() if part in analysis.forward},
         )
         forms = dict.fromkeys(analysis.inputs, ONCE) | {step.x: ROWS}
-        return self._compile(schedule(problem), carries, forms, ends)
+        return carries, kinds, *self._build(schedule(problem), carries, forms, kinds)
 
-    def _plan_backward(self) -> Pass:
+    def _plan_backward(self) -> _Planned:
         analysis, step = self.analysis, self.step
         carries = [(d, step.gradient[step.old[k]]) for k, d in enumerate(step.new_gradient) if d is not None]
         outputs = [gradient for node, gradient in self.wanted.items() if node is step.x]
@@ -178,29 +187,37 @@ class Plan:
             linear=frozenset(analysis.gradients),
             part_of={part: of for part, of in analysis.part_of.items() if part not in inputs},
         )
-        return self._compile(schedule(problem), carries, forms, [*outputs, *totals])
+        kinds = [(gradient, BATCHED if n is step.x else SUMMED) for n, gradient in self.wanted.items()]
+        return carries, kinds, *self._build(schedule(problem), carries, forms, kinds)
 
-    def _compile(
-        self,
-        stages: list[Stage[fx.Node]],
-        carries: list[tuple[fx.Node, fx.Node]],
-        forms: dict[fx.Node, str],
-        ends: Sequence[fx.Node],
-    ) -> Pass:
+    def _build(
+        self, stages: list[Stage[fx.Node]], carries: Carries, forms: dict[fx.Node, str], ends: Ends
+    ) -> tuple[list[Compiled], dict[fx.Node, str]]:
+        """The stages as they will be run, and the form of every value."""
         rows, backend = self.analysis.rows, self.backend
-        functions = None if backend is None else backend.functions
-        compiled = None
+        wanted = [node for node, _ in ends]
         if backend is not None:
             fused = absorb(stages, rows, [*forms, *(old for old, _ in carries)])
-            compiled = build(self.step, fused, rows, carries, dict(forms), ends, backend, functions)
-        if compiled is None or any(each.refused for each in compiled):
-            compiled = build(self.step, stages, rows, carries, forms, ends, backend, functions)
-        forget: list[list[fx.Node]] = []
-        later = set(ends)
-        for each in reversed(compiled):
-            forget.append([node for node in {*each.needs, *each.outputs} if node not in later])
-            later |= set(each.needs)
-        return Pass(compiled, forget[::-1], carries)
+            found = dict(forms)
+            compiled = build(self.step, fused, rows, carries, found, wanted, backend, backend.functions)
+            if not any(each.refused for each in compiled):
+                return compiled, found
+        functions = None if backend is None else backend.functions
+        return build(self.step, stages, rows, carries, forms, wanted, backend, functions), forms
+
+    def _pass(
+        self,
+        stages: list[Compiled],
+        carries: Carries,
+        forms: dict[fx.Node, str],
+        given: Sequence[fx.Node],
+        ends: Ends,
+        backward: bool = False,
+    ) -> Pass:
+        functions = {} if self.backend is None else self.backend.functions
+        total = functions.get(_aten.sum.dim_IntList, torch.sum)
+        function = assemble(stages, self.analysis.rows, forms, given, len(carries), ends, total, backward)
+        return Pass(stages, carries, function)
 
     @cached_property
     def fills(self) -> bool:

@@ -46,6 +46,11 @@ class Rows:
     factor: int = 1
     apart: int = 1
 
+    def by_step(self, value: Tensor, T: int) -> Tensor:
+        """A value of T steps with three axes in place of the batch: what lies apart, the steps, the rows."""
+        parts: Tensor = value.unflatten(self.axis, (self.apart, T, value.shape[self.axis] // T // self.apart))
+        return parts
+
     def steps(self, value: Tensor, span: slice, T: int) -> Tensor:
         """Some of the T steps of a value whose entries lie side by side."""
         size = value.shape[self.axis] // T

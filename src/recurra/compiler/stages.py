@@ -1,4 +1,4 @@
-"""The stages of a schedule as functions, and the values that go from one to the next.
+"""The stages of a schedule as graphs, and the forms of the values that go from one to the next.
 
 A value has one of three forms. ONCE: as in one step. ROWS: all steps, T * B rows where one step has B. TOTAL: the
 sum over all steps, in the shape of one step.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,9 @@ _SHORT: dict[Any, Callable[..., Any]] = {
     _aten.maximum.default: torch.maximum,
     _aten.cat.default: torch.cat,
     _aten.where.self: torch.where,
+    _aten.permute.default: torch.permute,
+    _aten.t.default: torch.t,
+    _aten.sum.dim_IntList: torch.sum,
 } | dict.fromkeys(VIEWS, torch.reshape)
 
 
@@ -60,29 +63,26 @@ _BACKWARD: dict[Any, Any] = {
 Functions = Mapping[Any, Callable[..., Any]]
 
 
-@dataclass(frozen=True)
-class Run:
-    """The sizes of one call."""
-
-    T: int
-    B: int
-
-
-class Native(Protocol):
-    """A loop stage as native code."""
+class Loop(Protocol):
+    """A loop stage as it is run."""
 
     @property
     def needs(self) -> Sequence[fx.Node]:
         """The values that it takes from outside."""
         ...
 
-    def forward(self, call: Any, values: Values, finals: list[Tensor], fresh: Sequence[Tensor]) -> None:
-        """Runs the loop. ``finals`` holds the first state of every carry, then the last."""
+    @property
+    def gives(self) -> Sequence[fx.Node]:
+        """The values of all steps that it hands over."""
         ...
 
-    def backward(self, call: Any, values: Values, carried: list[Tensor], begun: list[Tensor | None]) -> None:
-        """Runs the backward loop. ``carried`` holds the gradient of the last state, then that of the first;
-        ``begun`` gets that of the fresh one."""
+    def forward(self, call: Any, operands: Sequence[Tensor], state: Sequence[Tensor], fresh: Sequence[Tensor]) -> Any:
+        """The last state, then what it ``gives``, of what it ``needs`` and the first and the fresh state."""
+        ...
+
+    def backward(self, call: Any, operands: Sequence[Tensor], gradient: Sequence[Tensor]) -> Any:
+        """The gradient of the first state, then that of the fresh one, each None where no row began afresh, then what
+        it ``gives``, of what it ``needs`` and the gradient of the last state."""
         ...
 
 
@@ -97,14 +97,18 @@ class Compiled:
     """
 
     stage: Stage[fx.Node]
-    function: Callable[..., Any]
+    graph: fx.Graph
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     slices: tuple[fx.Node, ...]
     placed: tuple[fx.Node, ...]
     forms: dict[fx.Node, str]
-    native: Native | None = None
+    native: Loop | None = None
     refused: str = ""
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        return fx.GraphModule(nn.Module(), self.graph).forward
 
     @property
     def needs(self) -> Sequence[fx.Node]:
@@ -112,92 +116,9 @@ class Compiled:
         return self.inputs if self.native is None else self.native.needs
 
 
-class Values:
-    """The values that exist between stages, by node, each in its form."""
-
-    def __init__(self, run: Run, rows: Mapping[fx.Node, Rows | None], functions: Functions | None = None) -> None:
-        self.run, self.rows = run, rows
-        self._sum = (functions or {}).get(_aten.sum.dim_IntList, torch.sum)
-        self._values: dict[fx.Node, tuple[str, Tensor]] = {}
-
-    def put(self, node: fx.Node, form: str, value: Tensor) -> None:
-        self._values[node] = form, value
-
-    def get(self, node: fx.Node) -> Tensor:
-        """The value as it is."""
-        return self._values[node][1]
-
-    def drop(self, nodes: Sequence[fx.Node]) -> None:
-        for node in nodes:
-            self._values.pop(node, None)
-
-    def batched(self, node: fx.Node) -> Tensor:
-        """The value for T * B rows; what has no rows stays as it is."""
-        form, value = self._values[node]
-        rows = self.rows[node]
-        if form != ONCE or rows is None:
-            return value
-        parts = value.unflatten(rows.axis, (rows.apart, 1, value.shape[rows.axis] // rows.apart))
-        shape = [*parts.shape]
-        shape[rows.axis + 1] = self.run.T
-        spread: Tensor = parts.expand(shape)
-        return spread.flatten(rows.axis, rows.axis + 2)
-
-    def steps(self, node: fx.Node) -> Sequence[Tensor]:
-        """The value of each step."""
-        rows, parts = self._by_step(node)
-        if rows.apart == 1:
-            return parts.squeeze(rows.axis).unbind(rows.axis)
-        return [step.flatten(rows.axis, rows.axis + 1) for step in parts.unbind(rows.axis + 1)]
-
-    def total(self, node: fx.Node) -> Tensor:
-        """The sum over all steps; what does not differ between them stays as it is."""
-        form, value = self._values[node]
-        if form != ROWS:
-            return value
-        rows, parts = self._by_step(node)
-        if rows.axis == 0 and rows.apart == 1 and value.is_contiguous():
-            # As a matrix with a row for each step.
-            shape = (value.shape[0] // self.run.T, *value.shape[1:])
-            return torch.reshape(self._sum(value.view(self.run.T, prod(shape)), [0]), shape)
-        total: Tensor = parts.sum(rows.axis + 1).flatten(rows.axis, rows.axis + 1)
-        return total
-
-    def place(self, node: fx.Node) -> Sequence[Tensor]:
-        """Memory for the values of all steps, put already, as a place for each step."""
-        like = node.meta["val"]
-        size = self.run.B * self._rows(node).factor
-        memory = torch.empty((self.run.T * size, *like.shape[1:]), dtype=like.dtype, device=like.device)
-        self.put(node, ROWS, memory)
-        steps: Tensor = memory.unflatten(0, (self.run.T, size))
-        return steps.unbind(0)
-
-    def join(self, nodes: Sequence[fx.Node], columns: Sequence[list[Tensor]]) -> None:
-        """Put the values of all steps, one after the other."""
-        for node, column in zip(nodes, columns, strict=True):
-            rows = self._rows(node)
-            if rows.apart > 1:
-                parts = [v.unflatten(rows.axis, (rows.apart, v.shape[rows.axis] // rows.apart)) for v in column]
-                value = torch.cat(parts, rows.axis + 1).flatten(rows.axis, rows.axis + 1)
-            else:
-                value = torch.cat(column, rows.axis)
-            self.put(node, ROWS, value)
-
-    def _rows(self, node: fx.Node) -> Rows:
-        rows = self.rows[node]
-        assert rows is not None
-        return rows
-
-    def _by_step(self, node: fx.Node) -> tuple[Rows, Tensor]:
-        """The value with three axes in place of the batch: what lies apart, the steps, the rows."""
-        rows, value = self._rows(node), self._values[node][1]
-        sizes = (rows.apart, self.run.T, value.shape[rows.axis] // self.run.T // rows.apart)
-        return rows, value.unflatten(rows.axis, sizes)
-
-
 # What makes native code of a loop: of the stage, its values' forms, and the nodes that it may calculate itself
 # because nobody else needs them. Raises BackendError where it cannot.
-Loops = Callable[[Compiled, Mapping[fx.Node, str], frozenset[fx.Node]], Native]
+Loops = Callable[[Compiled, Mapping[fx.Node, str], frozenset[fx.Node]], Loop]
 
 
 class Backend(Protocol):
@@ -205,7 +126,7 @@ class Backend(Protocol):
 
     functions: Functions
 
-    def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node], /) -> Native: ...
+    def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node], /) -> Loop: ...
 
 
 def build(
@@ -304,10 +225,9 @@ class _Writer:
             if node not in self.fused.values():
                 self._copy(node)
         self.graph.output(tuple(new) + tuple(self.copies[node] for node in outputs))
-        module = fx.GraphModule(nn.Module(), self.graph)
         return Compiled(
             stage=self.stage,
-            function=module.forward,
+            graph=self.graph,
             inputs=(*old, *slices, *rest),
             outputs=(*(new for _, new in self.carries), *outputs),
             slices=tuple(slices),

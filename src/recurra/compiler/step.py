@@ -27,7 +27,7 @@ from recurra.compiler.lower import Lowered, decompositions, lower
 from recurra.compiler.plan import Analysis
 from recurra.compiler.rows import by_row
 from recurra.compiler.schedule import LOOP, ONCE, Stage
-from recurra.compiler.stages import ROWS, Compiled, Values, build
+from recurra.compiler.stages import ROWS, Compiled, build
 from recurra.compiler.surroundings import TRACING, check, check_hooks, undisturbed
 from recurra.compiler.trace import Step, trace, weights_of
 from recurra.errors import BackendError
@@ -118,11 +118,12 @@ class _Lowered:
     def __init__(self, lowered: Lowered) -> None:
         self.lowered = lowered
         self.needs = (*lowered.inputs, *lowered.rows, *lowered.vectors, *lowered.matrices)
+        self.gives = lowered.outputs
 
-    def forward(self, call: Any, values: Values, finals: list[Tensor], fresh: Sequence[Tensor]) -> None:
+    def forward(self, call: Any, operands: Sequence[Tensor], state: Sequence[Tensor], fresh: Sequence[Tensor]) -> Any:
         raise NotImplementedError("a step is bound and pushed")
 
-    def backward(self, call: Any, values: Values, carried: list[Tensor], begun: list[Tensor | None]) -> None:
+    def backward(self, call: Any, operands: Sequence[Tensor], gradient: Sequence[Tensor]) -> Any:
         raise NotImplementedError("a step is bound and pushed")
 
 
@@ -235,10 +236,10 @@ class BoundStep:
         self._call = kernel.bind(
             1,
             B,
-            inputs=[self._x.data_ptr() for _ in program.lowered.inputs],
-            rows=[*map(_address, rows)],
-            vectors=[*map(_address, vectors)],
-            matrices=[*map(_address, matrices)],
+            operands=[
+                *(self._x.data_ptr() for _ in program.lowered.inputs),
+                *map(_address, (*rows, *vectors, *matrices)),
+            ],
             state=[*map(_address, leaves(state))],
             outputs=[self._y.data_ptr()],
             threads=self._threads,

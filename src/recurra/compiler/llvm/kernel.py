@@ -60,10 +60,7 @@ class Kernel:
         T: int,
         B: int,
         *,
-        inputs: Sequence[int] = (),
-        rows: Sequence[int] = (),
-        vectors: Sequence[int] = (),
-        matrices: Sequence[int] = (),
+        operands: Sequence[int] = (),
         strides: Sequence[int] | None = None,
         state: Sequence[int] = (),
         fresh: Sequence[int] | None = None,
@@ -75,7 +72,8 @@ class Kernel:
     ) -> None:
         """One whole call on the memory at these addresses: it writes the outputs, and ``state`` in place.
 
-        Shapes and types are those of ``Operands``. strides: numbers from one row of each matrix to the next, as the
+        ``operands`` are the inputs, rows, vectors and matrices, in this order; shapes and types are those of
+        ``Operands``. strides: numbers from one row of each matrix to the next, as the
         program declares the matrices if not given. 0 for lengths or resets: there are none. Nothing is checked: a
         wrong address ends the process.
         """
@@ -90,10 +88,7 @@ class Kernel:
             workspace.buffer,
             0,
             *(T, B, reverse, self.layout.units, parts, members, give_way()),
-            *inputs,
-            *rows,
-            *vectors,
-            *matrices,
+            *operands,
             *(self._strides if strides is None else strides),
             *state,
             *(self._no_fresh if fresh is None else fresh),
@@ -110,10 +105,7 @@ class Kernel:
         T: int,
         B: int,
         *,
-        inputs: Sequence[int] = (),
-        rows: Sequence[int] = (),
-        vectors: Sequence[int] = (),
-        matrices: Sequence[int] = (),
+        operands: Sequence[int] = (),
         strides: Sequence[int] | None = None,
         state: Sequence[int] = (),
         fresh: Sequence[int] | None = None,
@@ -130,7 +122,7 @@ class Kernel:
         """
         workspace = self.workspace(B, threads) if workspace is None else workspace
         pointers = (
-            *(*inputs, *rows, *vectors, *matrices),
+            *operands,
             *(self._strides if strides is None else strides),
             *(*state, *(self._no_fresh if fresh is None else fresh), *outputs, lengths, resets),
             *workspace.addresses,
@@ -243,10 +235,7 @@ def addresses(operands: Operands, outputs: Sequence[Array], state: Sequence[Arra
         return [array.ctypes.data for array in arrays]
 
     return {
-        "inputs": of(operands.inputs),
-        "rows": of(operands.rows),
-        "vectors": of(operands.vectors),
-        "matrices": of(operands.matrices),
+        "operands": of([*operands.inputs, *operands.rows, *operands.vectors, *operands.matrices]),
         "state": of(state),
         "fresh": None if operands.fresh is None else of(operands.fresh),
         "outputs": of(outputs),

@@ -1,0 +1,149 @@
+"""A pass of a plan as one function: its stages one after the other, each value handed on in the form that is taken.
+
+Legend: T time, B batch, I input, H hidden, O output, D any feature.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from recurra.compiler.eager import EagerLoop
+from recurra.compiler.rows import Rows
+from recurra.compiler.schedule import BATCHED, LOOP, ONCE, SUMMED
+from recurra.compiler.stages import ROWS, Compiled, Loop
+
+# What a pass gives: a value, and the kind of stage that would take it as it is wanted.
+Ends = Sequence[tuple[fx.Node, str]]
+Sum = Callable[[Tensor, list[int]], Tensor]
+
+
+def assemble(
+    stages: Sequence[Compiled],
+    rows: Mapping[fx.Node, Rows | None],
+    forms: Mapping[fx.Node, str],
+    given: Sequence[fx.Node],
+    carries: int,
+    ends: Ends,
+    total: Sum,
+    backward: bool = False,
+) -> Callable[..., tuple[Any, ...]]:
+    """The function of a call, of the values of ``given``, and of the carries' first and fresh states.
+
+    It gives the ``ends`` and the carries' last states. Backward it is of the gradients of the carries' last states,
+    and after the ends it gives those of their first and, None where no row began afresh, of their fresh states.
+    ``forms`` has the form of every value, ``total`` sums over the first axis.
+    """
+    return _Assembly(rows, forms, total).run(stages, given, carries, ends, backward)
+
+
+class _Assembly:
+    """A pass on its way to a function: ``values`` has the variable of every value that there is by now."""
+
+    def __init__(self, rows: Mapping[fx.Node, Rows | None], forms: Mapping[fx.Node, str], total: Sum) -> None:
+        self.rows, self.forms, self.sum = rows, forms, summing(total)
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.taken: dict[tuple[fx.Node, str], fx.Node] = {}
+
+    def run(
+        self, stages: Sequence[Compiled], given: Sequence[fx.Node], carries: int, ends: Ends, backward: bool
+    ) -> Callable[..., tuple[Any, ...]]:
+        self.call_ = self.graph.placeholder("call")
+        for node in given:
+            self.values[node] = self.graph.placeholder(node.name)
+        last: list[Any] = [self.graph.placeholder(f"carry_{k}") for k in range(carries)]
+        fresh: list[Any] = [None if backward else self.graph.placeholder(f"fresh_{k}") for k in range(carries)]
+        B = self.call(getattr, self.call_, "B")
+        self.steps = self.call(getattr, self.call_, "T")
+        size = self.call(operator.mul, self.steps, B)
+        for stage in stages:
+            if stage.stage.kind == LOOP:
+                self.loop(stage, last, fresh, backward)
+            else:
+                self.straight(stage, size if stage.stage.kind == BATCHED else B)
+        results = [self.take(node, kind) for node, kind in ends]
+        self.graph.output((*results, *last, *(fresh if backward else ())))
+        _turn_once(self.graph)
+        return fx.GraphModule(nn.Module(), self.graph).forward
+
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        return self.graph.call_function(function, args)
+
+    def loop(self, compiled: Compiled, last: list[Any], fresh: list[Any], backward: bool) -> None:
+        numbers = compiled.stage.carries
+        path: Loop = EagerLoop(compiled, self.rows) if compiled.native is None else compiled.native
+        operands = tuple(self.values[node] for node in path.needs)
+        states = tuple(last[k] for k in numbers)
+        if backward:
+            results = self.call(path.backward, self.call_, operands, states)
+        else:
+            results = self.call(path.forward, self.call_, operands, states, tuple(fresh[k] for k in numbers))
+        count = len(numbers)
+        for place, k in enumerate(numbers):
+            last[k] = self.call(operator.getitem, results, place)
+            if backward:
+                fresh[k] = self.call(operator.getitem, results, count + place)
+        count *= 2 if backward else 1
+        for place, node in enumerate(path.gives):
+            self.values[node] = self.call(operator.getitem, results, count + place)
+
+    def straight(self, compiled: Compiled, size: fx.Node) -> None:
+        """The operations of a stage that is no loop."""
+        batch, *places = [node for node in compiled.graph.nodes if node.op == "placeholder"]
+        copies: dict[fx.Node, fx.Node] = {batch: size}
+        for place, node in zip(places, compiled.inputs, strict=True):
+            copies[place] = self.take(node, compiled.stage.kind)
+        results: Any = self.graph.graph_copy(compiled.graph, copies)
+        self.values.update(zip(compiled.outputs, results, strict=True))
+
+    def take(self, node: fx.Node, kind: str) -> fx.Node:
+        """A value as a stage of that kind takes it, a loop's kind being as it is."""
+        value, form, rows = self.values[node], self.forms[node], self.rows[node]
+        found = self.taken.get((node, kind))
+        if found is not None:
+            return found
+        if kind == BATCHED and form == ONCE and rows is not None:
+            value = self.call(spread, value, self.steps, rows.axis, rows.apart)
+        elif kind == SUMMED and form == ROWS:
+            assert rows is not None
+            value = self.call(self.sum, value, self.steps, rows.axis, rows.apart)
+        self.taken[node, kind] = value
+        return value
+
+
+def _turn_once(graph: fx.Graph) -> None:
+    """A matrix that is turned and turned again is itself."""
+    for node in graph.nodes:
+        source = node.args[0] if node.target is torch.permute else None
+        if isinstance(source, fx.Node) and source.target is torch.permute and [1, 0] == node.args[1] == source.args[1]:
+            node.replace_all_uses_with(source.args[0])
+    graph.eliminate_dead_code(lambda node: node.target is not torch.permute)
+
+
+def spread(value: Tensor, T: int, axis: int, apart: int) -> Tensor:
+    """A value of one step, with its rows on an axis in so many parts, for T steps."""
+    parts = value.unflatten(axis, (apart, 1, value.shape[axis] // apart))
+    shape = [*parts.shape]
+    shape[axis + 1] = T
+    whole: Tensor = parts.expand(shape).flatten(axis, axis + 2)
+    return whole
+
+
+def summing(total: Sum) -> Callable[[Tensor, int, int, int], Tensor]:
+    """The sum over T steps of a value with its rows on an axis in so many parts, by a sum over the first axis."""
+
+    def sum_of_steps(value: Tensor, T: int, axis: int, apart: int) -> Tensor:
+        if axis == 0 and apart == 1 and value.is_contiguous():
+            # As a matrix with a row for each step.
+            shape = (value.shape[0] // T, *value.shape[1:])
+            return torch.reshape(total(value.view(T, prod(shape)), [0]), shape)
+        whole: Tensor = Rows(axis, apart, apart).by_step(value, T).sum(axis + 1).flatten(axis, axis + 1)
+        return whole
+
+    return sum_of_steps
