@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from paths import Case, Path
+from recurra.compiler import segment
 from recurra.compiler.llvm import kernel
 from recurra.unroll import Recurrent
 
@@ -35,7 +36,7 @@ def by(rnn: Recurrent) -> Path:
 def fill_memory_with_nan(monkeypatch) -> None:
     """Memory is full of NaN until somebody writes it: PyTorch's own, and that in which native code works."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    launch, aligned = kernel.Kernel.launch, kernel.aligned_empty
+    launch, aligned, run = kernel.Kernel.launch, kernel.aligned_empty, segment.Segment.run
 
     def spoilt(make):
         def wrong(*args, **kwargs):
@@ -50,6 +51,12 @@ def fill_memory_with_nan(monkeypatch) -> None:
                 array.view(np.uint8)[...] = 0xFF
         launch(self, *args, **kwargs)
 
+    def run_on(self, *args):
+        for room in self._idle:
+            for array in (room.memory, *(array for space in room.spaces for array in space.arrays)):
+                array.view(np.uint8)[...] = 0xFF
+        return run(self, *args)
+
     def all_ones(size, dtype):
         array = aligned(size, dtype)
         array.view(np.uint8)[...] = 0xFF
@@ -59,4 +66,6 @@ def fill_memory_with_nan(monkeypatch) -> None:
     monkeypatch.setattr(torch, "empty_like", spoilt(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", spoilt(new_empty))
     monkeypatch.setattr(kernel, "aligned_empty", all_ones)
+    monkeypatch.setattr(segment, "aligned_empty", all_ones)
+    monkeypatch.setattr(segment.Segment, "run", run_on)
     monkeypatch.setattr(kernel.Kernel, "launch", launched)

@@ -9,6 +9,7 @@ import itertools
 import re
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from recurra.compiler.llvm import gemm, gemm_emit
 from recurra.compiler.llvm.code import Code
 from recurra.compiler.llvm.gemm import Products, Workspace, grid
 from recurra.compiler.llvm.target import Target, host
+from recurra.compiler.script import Writer
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = [1, 2, 5, 7, 15, 16, 17, 33, 63, 64, 65, 100, 300]
@@ -243,6 +245,9 @@ def used(monkeypatch) -> list[tuple[int, ...]]:
             return native(self, *arguments)
 
         monkeypatch.setattr(Products, name, noted)
+    product, total = Writer.product, Writer.total
+    monkeypatch.setattr(Writer, "product", lambda self, c, a, b: calls.append(a.shape) or product(self, c, a, b))
+    monkeypatch.setattr(Writer, "total", lambda self, a, R, D: calls.append((R, prod(D))) or total(self, a, R, D))
     return calls
 
 

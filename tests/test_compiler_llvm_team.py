@@ -161,7 +161,7 @@ def check(*_):
     outputs, state = kernel(operands, 4)
     for one, other in zip([*outputs, *state], [*expected[0], *expected[1]]):
         np.testing.assert_array_equal(one, other)
-    sys.stdout.write('same\n')
+    sys.stdout.write('same\\n')
 """
 NESTED = """
 inside = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(check)

@@ -6,6 +6,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -72,8 +73,9 @@ class Cell(nn.Module):
 
     def zeros(self, batch_size: int, *sizes: int) -> Tensor:
         """Zeros (B, *sizes) in the dtype and on the device of the cell's first floating-point parameter."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.is_floating_point():
+        # Its own parameters come first; found by name they are found sooner.
+        for tensor in chain(self._parameters.values(), self.parameters(), self.buffers()):
+            if tensor is not None and tensor.is_floating_point():
                 return tensor.new_zeros(batch_size, *sizes)
         return torch.zeros(batch_size, *sizes)
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from recurra.compiler.eager import EagerLoop
 from recurra.compiler.rows import Rows
 from recurra.compiler.schedule import BATCHED, LOOP, ONCE, SUMMED
-from recurra.compiler.stages import ROWS, Compiled, Loop
+from recurra.compiler.stages import ROWS, SHORT, Backend, Compiled, Loop
 
 # What a pass gives: a value, and the kind of stage that would take it as it is wanted.
 Ends = Sequence[tuple[fx.Node, str]]
@@ -30,23 +30,27 @@ def assemble(
     given: Sequence[fx.Node],
     carries: int,
     ends: Ends,
-    total: Sum,
+    backend: Backend | None = None,
     backward: bool = False,
 ) -> Callable[..., tuple[Any, ...]]:
     """The function of a call, of the values of ``given``, and of the carries' first and fresh states.
 
     It gives the ``ends`` and the carries' last states. Backward it is of the gradients of the carries' last states,
     and after the ends it gives those of their first and, None where no row began afresh, of their fresh states.
-    ``forms`` has the form of every value, ``total`` sums over the first axis.
+    ``forms`` has the form of every value.
     """
-    return _Assembly(rows, forms, total).run(stages, given, carries, ends, backward)
+    return _Assembly(rows, forms, backend).run(stages, given, carries, ends, backward)
 
 
 class _Assembly:
     """A pass on its way to a function: ``values`` has the variable of every value that there is by now."""
 
-    def __init__(self, rows: Mapping[fx.Node, Rows | None], forms: Mapping[fx.Node, str], total: Sum) -> None:
-        self.rows, self.forms, self.sum = rows, forms, summing(total)
+    def __init__(
+        self, rows: Mapping[fx.Node, Rows | None], forms: Mapping[fx.Node, str], backend: Backend | None
+    ) -> None:
+        self.rows, self.forms, self.backend = rows, forms, backend
+        functions = {} if backend is None else backend.functions
+        self.sum = summing(functions.get(torch.ops.aten.sum.dim_IntList, torch.sum))
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.taken: dict[tuple[fx.Node, str], fx.Node] = {}
@@ -70,7 +74,8 @@ class _Assembly:
         results = [self.take(node, kind) for node, kind in ends]
         self.graph.output((*results, *last, *(fresh if backward else ())))
         _turn_once(self.graph)
-        return fx.GraphModule(nn.Module(), self.graph).forward
+        graph = self.graph if self.backend is None else self.backend.join(self.graph, self.sum)
+        return fx.GraphModule(nn.Module(), graph).forward
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
@@ -78,7 +83,7 @@ class _Assembly:
     def loop(self, compiled: Compiled, last: list[Any], fresh: list[Any], backward: bool) -> None:
         numbers = compiled.stage.carries
         path: Loop = EagerLoop(compiled, self.rows) if compiled.native is None else compiled.native
-        operands = tuple(self.values[node] for node in path.needs)
+        operands = tuple(self.value(node) for node in path.needs)
         states = tuple(last[k] for k in numbers)
         if backward:
             results = self.call(path.backward, self.call_, operands, states)
@@ -102,9 +107,16 @@ class _Assembly:
         results: Any = self.graph.graph_copy(compiled.graph, copies)
         self.values.update(zip(compiled.outputs, results, strict=True))
 
+    def value(self, node: fx.Node) -> fx.Node:
+        """A value as it is. What only shows a given one in another way need not be given."""
+        if node not in self.values:
+            self.values[node] = self.graph.node_copy(node, self.value)
+            self.values[node].target = SHORT.get(node.target, node.target)
+        return self.values[node]
+
     def take(self, node: fx.Node, kind: str) -> fx.Node:
         """A value as a stage of that kind takes it, a loop's kind being as it is."""
-        value, form, rows = self.values[node], self.forms[node], self.rows[node]
+        value, form, rows = self.value(node), self.forms[node], self.rows[node]
         found = self.taken.get((node, kind))
         if found is not None:
             return found

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recurra.compiler import memory
 from recurra.compiler.hoisted import Call
+from recurra.compiler.pool import POOL
 
 
 def run(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -78,5 +79,11 @@ def own(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
         storage = result.untyped_storage()
         shared = storage.data_ptr() in taken or storage.nbytes() != result.numel() * result.element_size()
         taken.add(storage.data_ptr())
-        own.append(result.clone() if shared or result._is_view() else result)
+        own.append(_copy(result) if shared or result._is_view() else result)
     return own
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if tensor.is_cpu and tensor.dtype in (torch.float32, torch.float64):
+        return POOL.empty(tensor.shape, tensor.dtype).copy_(tensor)
+    return tensor.clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def settings(cell: Cell) -> tuple[Any, ...]:
 
 def look(tensor: Tensor, batch_size: int | None = None) -> tuple[tuple[Any, ...], torch.dtype, torch.device]:
     """A tensor as part of a key; its first axis may be the batch."""
-    shape: tuple[Any, ...] = tuple(tensor.shape)
+    shape: tuple[Any, ...] = tensor.shape
     if batch_size is not None and shape[:1] == (batch_size,):
         shape = ("B", *shape[1:])
     return shape, tensor.dtype, tensor.device
@@ -81,3 +81,46 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return guard_scalar(value)
     return value if isinstance(value, _PLAIN) else None
+
+
+class Attributes:
+    """Notices other attributes, modules, parameters, hooks or modes of a cell, and changed lists and dictionaries among
+    its attributes."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._live = [part for module in cell.modules() for part in _containers(module)]
+        self._seen = [part.copy() for part in self._live]
+        # The comparison of two tensors of one number is a truth value, and so says nothing of which they are.
+        self._single = [
+            (part, name, value)
+            for part in self._live
+            if isinstance(part, dict)
+            for name, value in part.items()
+            if isinstance(value, Tensor) and value.numel() == 1
+        ]
+
+    def changed(self) -> bool:
+        try:
+            return self._live != self._seen or any(part[name] is not value for part, name, value in self._single)
+        except Exception:
+            # What cannot be compared, as tensors cannot, is not the same.
+            return True
+
+
+def _containers(module: nn.Module) -> Iterator[Any]:
+    """The dictionaries and lists that say what a module is."""
+    own = module.__dict__
+    yield own
+    yield from (own[held] for held in ("_modules", "_parameters", "_buffers"))
+    yield from (own[hooks] for hooks in _HOOKS)
+    for name, value in own.items():
+        if name not in _COMMON:
+            yield from _inside(value)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, dict)):
+        yield value
+    if isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _inside(part)

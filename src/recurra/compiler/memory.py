@@ -19,6 +19,7 @@ from torch import Tensor
 from recurra.compiler import hoisted
 from recurra.compiler.hoisted import Call
 from recurra.compiler.plan import Plan
+from recurra.compiler.pool import POOL
 from recurra.errors import BackendError
 
 # As many rows keep a matrix product busy.
@@ -65,6 +66,8 @@ def backward(
     plan = call.plan
     if plan.memory == "store":
         return hoisted.backward(call, tensors, saved, gradients, wanted)
+    # The parts need less than the whole had.
+    POOL.clear()
     count = 2 * len(plan.step.old)
     spans = parts_of(call.plan, call.T, call.B, call.reverse)
     if plan.memory == "recompute":

@@ -5,7 +5,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from recurra.compiler.ir import Node, Op, Program
 from recurra.compiler.llvm import gemm
 from recurra.compiler.llvm.kernel import Kernel, kernel_for
 from recurra.compiler.lower import Lowered, lower
+from recurra.compiler.pool import POOL
 from recurra.compiler.rows import Rows, by_row, from_rows
 from recurra.compiler.stages import Compiled, Functions
 from recurra.errors import BackendError
@@ -34,6 +35,11 @@ class CPU:
 
     def __init__(self, rows: Mapping[fx.Node, Rows | None]) -> None:
         self.rows = rows
+
+    def join(self, graph: fx.Graph, sums: Callable[..., Tensor]) -> fx.Graph:
+        from recurra.compiler.join import join
+
+        return join(graph, sums)
 
     def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node]) -> NativeLoop:
         """Raises BackendError, with the operation and the user's line, where the loop cannot be compiled."""
@@ -64,10 +70,12 @@ class NativeLoop:
         self.needs = (*lowered.inputs, *lowered.rows, *lowered.vectors, *lowered.matrices)
         self.gives = tuple(kept.node for kept in self.kept)
         # An output that is an old carry as well has one step more, for the first state.
-        self._both = {kept.output for kept in self.kept if kept.carry is not None}
+        self.both = {kept.output for kept in self.kept if kept.carry is not None}
         self._flat = {node for node in (*self.needs, *self.gives) if self._is_flat(node)}
         self._bent = [(k, node) for k, node in enumerate(self.needs) if node not in self._flat]
-        self._widths = _widths(self.program)
+        # Whether all is as the program has it.
+        self.is_plain = not self._bent and self._flat.issuperset(self.gives)
+        self.widths = _widths(self.program)
 
     @property
     def kernels(self) -> list[Kernel]:
@@ -88,7 +96,7 @@ class NativeLoop:
         afresh = [_carry(leaf) for leaf in fresh] if call.resets is not None else None
         last = [leaf.clone() for leaf in begin]
         plain = call.resets is None and not (call.reverse and call.lengths is not None)
-        both = self._both if plain else set()
+        both = self.both if plain else set()
         fill = call.lengths is not None and call.plan.fills
         taken = replace(call, lengths=call.lengths.clamp(min=1)) if fill else call
         outputs = self._launch(self.kernel(), taken, operands, last, afresh, call.resets, call.reverse, both)
@@ -152,8 +160,8 @@ class NativeLoop:
         room for one step more where the first one begins."""
         B, size = call.B, call.T * call.B
         outputs, places = [], []
-        for k, width in enumerate(self._widths if kernel.program is self.program else _widths(kernel.program)):
-            memory = torch.empty((size + B if k in both else size, width), dtype=self.dtype)
+        for k, width in enumerate(self.widths if kernel.program is self.program else _widths(kernel.program)):
+            memory = POOL.empty((size + B if k in both else size, width), self.dtype)
             skip = B * width * self.dtype.itemsize if k in both and not reverse else 0
             outputs.append(memory)
             places.append(memory.data_ptr() + skip)

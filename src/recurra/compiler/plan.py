@@ -31,6 +31,10 @@ _TAME = {
     _aten.squeeze, _aten.expand, _aten.cat, _aten.split, _aten.split_with_sizes, _aten.slice, _aten.slice_backward,
     _aten.where, _aten.full, _aten.full_like, _aten.clone, _aten.alias, _aten.detach,
 }  # fmt: skip
+# Calculated sooner than read from memory.
+_CHEAP = {_aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.neg, _aten.alias, _aten.detach}
+_PIECES = {_aten.split, _aten.split_with_sizes}
+_TURNS = {_aten.t.default, _aten.permute.default, _aten.transpose.int}
 Wanted = frozenset[fx.Node]
 Carries = list[tuple[fx.Node, fx.Node]]
 _Planned = tuple[Carries, list[tuple[fx.Node, str]], list[Compiled], dict[fx.Node, str]]
@@ -60,9 +64,12 @@ class Analysis:
         """The nodes that a node is computed from."""
         return [operand for operand in node.all_input_nodes if operand not in self.step.sizes]
 
-    def operands_backward(self, node: fx.Node) -> list[fx.Node]:
-        """The same, where every value of the forward step is given."""
-        return [] if node in self.forward else self.operands(node)
+    def is_seen_otherwise(self, node: fx.Node) -> bool:
+        """Whether a node is a given tensor with its axes in another order."""
+        if node.target not in _TURNS:
+            return False
+        (source,) = node.all_input_nodes
+        return source in self.inputs or self.is_seen_otherwise(source)
 
     def _upstream(self, ends: Iterable[fx.Node]) -> set[fx.Node]:
         found = set(ends)
@@ -112,12 +119,19 @@ class Plan:
         self._begun = [k for k in self.differentiated if first[k]]
         self.first = [k for k in self.differentiated if first[k] or parts]
         self.wanted = {n: g for n, g in step.gradient.items() if n in wanted and g in analysis.linear}
-        carries, kinds, stages, forms = self._plan_backward()
+        carries, kinds, stages, forms = planned = self._plan_backward()
+        again = self._cheap(planned)
+        if again:
+            anew = self._plan_backward(again)
+            # If a stage would write them to memory, they may as well be kept.
+            if again.isdisjoint(node for compiled in anew[2] for node in compiled.outputs):
+                carries, kinds, stages, forms = anew
         made = {node for compiled in stages for node in compiled.outputs}
         takes = {node for compiled in stages for node in compiled.needs} - made
         if memory != "recompute":
             takes |= {gradient for gradient in self.wanted.values() if gradient in analysis.forward}
-        self.saved = [n for n in analysis.order if n in takes and n in analysis.forward and n.op == "call_function"]
+        made_ahead = [n for n in analysis.order if n in analysis.forward and n.op == "call_function"]
+        self.saved = [node for node in made_ahead if node in takes and not analysis.is_seen_otherwise(node)]
         self.saved += [node for node in step.old if node in takes]
         given = [step.x, *analysis.inputs]
         incoming = [] if step.y_gradient is None else [step.y_gradient]
@@ -161,13 +175,38 @@ class Plan:
         forms = dict.fromkeys(analysis.inputs, ONCE) | {step.x: ROWS}
         return carries, kinds, *self._build(schedule(problem), carries, forms, kinds)
 
-    def _plan_backward(self) -> _Planned:
+    def _cheap(self, planned: _Planned) -> frozenset[fx.Node]:
+        """What native loops would read from memory, and calculate sooner of other things that they read."""
+        analysis, step = self.analysis, self.step
+        if self.backend is None or self.memory == "recompute":
+            return frozenset()
+        _, kinds, stages, _ = planned
+        read = {node for each in stages if each.native is not None for node in each.needs}
+        others = {node for each in stages if each.native is None for node in each.needs}
+        others.update([*(node for node, _ in kinds), step.y, *step.new, *step.taps.values()])
+        found: set[fx.Node] = set()
+        for node in analysis.order:
+            if node not in analysis.forward or node not in read - others:
+                continue
+            # A piece of something is as good as an operation on it.
+            whole = analysis.part_of.get(node)
+            packet = getattr((whole or node).target, "overloadpacket", None)
+            operands = [operand for operand in analysis.operands(whole or node) if operand in analysis.varying]
+            if packet in (_CHEAP if whole is None else _PIECES) and all(o in (read | others) - found for o in operands):
+                found.update([node] if whole is None else [node, whole])
+        return frozenset(found)
+
+    def _plan_backward(self, again: frozenset[fx.Node] = frozenset()) -> _Planned:
+        """``again`` are values of the forward step that are calculated once more."""
         analysis, step = self.analysis, self.step
         carries = [(d, step.gradient[step.old[k]]) for k, d in enumerate(step.new_gradient) if d is not None]
         outputs = [gradient for node, gradient in self.wanted.items() if node is step.x]
         totals = [gradient for node, gradient in self.wanted.items() if node is not step.x]
-        inputs = analysis.forward | {step.x, *analysis.inputs, *step.old}
-        operands = analysis.operands_backward
+        inputs = (analysis.forward - again) | {step.x, *analysis.inputs, *step.old}
+
+        def operands(node: fx.Node) -> list[fx.Node]:
+            return [] if node in analysis.forward and node not in again else analysis.operands(node)
+
         if self.memory == "recompute":
             # The forward step is part of the backward one: with all carries given, nothing of it is in a loop.
             inputs = {step.x, *analysis.inputs, *step.old, *analysis.draws}
@@ -214,9 +253,7 @@ class Plan:
         ends: Ends,
         backward: bool = False,
     ) -> Pass:
-        functions = {} if self.backend is None else self.backend.functions
-        total = functions.get(_aten.sum.dim_IntList, torch.sum)
-        function = assemble(stages, self.analysis.rows, forms, given, len(carries), ends, total, backward)
+        function = assemble(stages, self.analysis.rows, forms, given, len(carries), ends, self.backend, backward)
         return Pass(stages, carries, function)
 
     @cached_property

@@ -27,7 +27,7 @@ ROWS, TOTAL = "rows", "total"
 
 _aten = torch.ops.aten
 # The same operations by a shorter way through Python, which is what a loop of small steps waits for.
-_SHORT: dict[Any, Callable[..., Any]] = {
+SHORT: dict[Any, Callable[..., Any]] = {
     _aten.mm.default: torch.mm,
     _aten.bmm.default: torch.bmm,
     _aten.addmm.default: torch.addmm,
@@ -126,6 +126,10 @@ class Backend(Protocol):
 
     functions: Functions
 
+    def join(self, graph: fx.Graph, sums: Callable[..., Tensor], /) -> fx.Graph:
+        """The graph of a pass, with what can be one native call as one; ``sums`` is what sums over the steps in it."""
+        ...
+
     def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node], /) -> Loop: ...
 
 
@@ -186,7 +190,7 @@ class _Writer:
         functions: Functions,
     ) -> None:
         self.step, self.stage, self.rows, self.forms = step, stage, rows, forms
-        self.short = {**_SHORT, **functions}
+        self.short = {**SHORT, **functions}
         self.carries = [carries[k] for k in stage.carries]
         self.graph = fx.Graph()
         self.mine = set(stage.nodes)
@@ -269,7 +273,7 @@ class _Writer:
     def _can_be_placed(self, node: fx.Node) -> bool:
         rows = self.rows[node]
         named: Any = node.target
-        target = _BACKWARD.get(named, _SHORT.get(named))
+        target = _BACKWARD.get(named, SHORT.get(named))
         return rows is not None and rows.axis == 0 and rows.apart == 1 and target in _INTO
 
     def _copy(self, node: fx.Node) -> fx.Node:

@@ -9,7 +9,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from recurra.cell import Cell, State, leaves
 from recurra.compiler.context import find_rows, flatten
-from recurra.compiler.fingerprint import _COMMON, _HOOKS, fingerprint, look
+from recurra.compiler.fingerprint import Attributes, fingerprint, look
 from recurra.compiler.lines import at_line, line_of, name_of
 from recurra.compiler.llvm.divide import TABLE
 from recurra.compiler.llvm.kernel import Kernel, Workspace, kernel_for
@@ -295,61 +295,27 @@ class BoundStep:
         return like.to(self._cast, copy=True) if self._cast else like.clone()
 
 
-class Origin:
+class Origin(Attributes):
     """Notices when something changes that a compiled step was made from, as far as PyTorch and Python let it be known.
 
-    Seen are other tensors in a place of a weight, tensors given other memory, changes that PyTorch counts, other
-    attributes, modules, hooks or modes of a cell, and changed lists and dictionaries among its attributes. Not seen is
-    what is written past PyTorch's counter, as ``weight.data.add_(1)`` and numpy write.
+    Seen are other tensors in a place of a weight, tensors given other memory, changes that PyTorch counts, and what
+    ``Attributes`` sees. Not seen is what is written past PyTorch's counter, as ``weight.data.add_(1)`` and numpy write.
     """
 
     def __init__(self, cell: Cell, others: Sequence[Tensor]) -> None:
-        modules = list(cell.modules())
-        self._live = [part for module in modules for part in _containers(module)]
-        self._seen = [part.copy() for part in self._live]
+        super().__init__(cell)
         self._tensors = [*weights_of(cell).values(), *others]
-        # The comparison of two tensors of one number is a truth value, and so says nothing of which they are.
-        self._single = [
-            (part, name, value)
-            for part in self._live
-            if isinstance(part, dict)
-            for name, value in part.items()
-            if isinstance(value, Tensor) and value.numel() == 1
-        ]
         self._numbers = self._read()
         # As long as the memory lives, no other tensor can have its address.
         self._memory = [tensor.detach() for tensor in self._tensors]
 
     def changed(self) -> bool:
         try:
-            return (
-                self._live != self._seen
-                or self._read() != self._numbers
-                or any(part[name] is not value for part, name, value in self._single)
-            )
+            return super().changed() or self._read() != self._numbers
         except Exception:
-            # What cannot be compared, as tensors cannot, is not the same; lent weights have no memory.
+            # Lent weights have no memory.
             return True
 
     def _read(self) -> list[int]:
         tensors = self._tensors
         return [*map(_version, tensors), *map(_address, tensors)]
-
-
-def _containers(module: torch.nn.Module) -> Iterator[Any]:
-    """The dictionaries and lists that say what a module is."""
-    own = module.__dict__
-    yield own
-    yield from (own[held] for held in ("_modules", "_parameters", "_buffers"))
-    yield from (own[hooks] for hooks in _HOOKS)
-    for name, value in own.items():
-        if name not in _COMMON:
-            yield from _inside(value)
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, dict)):
-        yield value
-    if isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _inside(part)

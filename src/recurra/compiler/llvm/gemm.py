@@ -17,6 +17,7 @@ from recurra.compiler.llvm.gemm_emit import PRODUCT, SUMS, WORDS, emit
 from recurra.compiler.llvm.kernel import aligned_empty
 from recurra.compiler.llvm.target import Engine, Target, host
 from recurra.compiler.llvm.team import Team
+from recurra.compiler.pool import POOL
 
 _SHARE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _DTYPES = frozenset([torch.float32, torch.float64])
@@ -27,7 +28,7 @@ _PLAIN = frozenset([Tensor, nn.Parameter])
 # either; multiplications below which it gains nothing in a product.
 LEAST = 500_000
 ROWS = 24
-LEAST_SUMS = 500_000
+LEAST_SUMS = 200_000
 WAKE = 800_000
 
 
@@ -94,13 +95,15 @@ class Products:
         self.lanes = self.target.vector_bytes // self.numpy.itemsize
         self.assembly, self.memory = emit(self.numpy, self.target)
         self._engine = Engine(self.assembly, self.target)
-        self._product, self._sums = (self._engine.address(name) for name in ("product", "sums"))
-        self._native = {address: _SHARE(address) for address in (self._product, self._sums)}
+        self.addresses = tuple(self._engine.address(name) for name in ("product", "sums"))
+        self._native = {address: _SHARE(address) for address in self.addresses}
         # Counters begin at zero.
         self._words, self._sum_words = (
             struct.Struct(f"={len(names)}q{8 * (WORDS - len(names))}x") for names in (PRODUCT, SUMS)
         )
+        # What a product begins with that begins with nothing.
         self._zeros = torch.zeros(64, dtype=dtype)
+        self.zeros = self._zeros.data_ptr()
         self._idle: list[Workspace] = []
 
     def product(self, start: Tensor | None, a: Tensor, b: Tensor, threads: int) -> Tensor:
@@ -117,13 +120,13 @@ class Products:
             b = b.contiguous()
             b_row, b_column = N, 1
         if start is None:
-            begin = (self._zeros.data_ptr(), 0, 0)
+            begin = (self.zeros, 0, 0)
         else:
             start = start.expand(M, N)
             if start.stride(1) != 1:
                 start = start.contiguous()
             begin = (start.data_ptr(), start.stride(0), 1)
-        c = torch.empty((M, N), dtype=self.dtype)
+        c = POOL.empty((M, N), self.dtype)
         row_parts, column_parts = grid(M, -(-N // self.lanes), threads if M * K * N >= WAKE else 1)
         members = row_parts * column_parts
         workspace = self._workspace(members)
@@ -134,7 +137,7 @@ class Products:
             *begin,
             *(row_parts, column_parts, workspace.memory_address, self.memory),
         )
-        self._run(self._product, workspace, members)
+        self._run(self.addresses[0], workspace, members)
         return c
 
     def sums(self, a: Tensor, threads: int) -> Tensor:
@@ -144,7 +147,7 @@ class Products:
         out = torch.empty(D, dtype=self.dtype)
         workspace = self._workspace(parts)
         self._sum_words.pack_into(workspace.buffer, 0, R, D, a.data_ptr(), a.stride(0), out.data_ptr(), parts)
-        self._run(self._sums, workspace, parts)
+        self._run(self.addresses[1], workspace, parts)
         return out
 
     def workspace(self, members: int) -> Workspace:

@@ -49,7 +49,7 @@ class Kernel:
         self.native_run = _RUN(self._engine.address("run"))
         self.words = struct.Struct(f"={len(HEADER)}q{8 * (TABLE - len(HEADER))}x{len(self.layout.entries)}q")
         self.claims = TABLE + claims_at(self.layout)
-        self._strides = tuple(columns for _, columns in program.matrices)
+        self.strides = tuple(columns for _, columns in program.matrices)
         self._no_fresh = (0,) * len(program.carries)
         products = [node for node in program.nodes if node.op is Op.MATMUL]
         self._work = sum(2 * program.nodes[node.args[0]].width * node.width for node in products)
@@ -89,7 +89,7 @@ class Kernel:
             0,
             *(T, B, reverse, self.layout.units, parts, members, give_way()),
             *operands,
-            *(self._strides if strides is None else strides),
+            *(self.strides if strides is None else strides),
             *state,
             *(self._no_fresh if fresh is None else fresh),
             *outputs,
@@ -123,7 +123,7 @@ class Kernel:
         workspace = self.workspace(B, threads) if workspace is None else workspace
         pointers = (
             *operands,
-            *(self._strides if strides is None else strides),
+            *(self.strides if strides is None else strides),
             *(*state, *(self._no_fresh if fresh is None else fresh), *outputs, lengths, resets),
             *workspace.addresses,
         )

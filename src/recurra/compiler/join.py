@@ -1,0 +1,106 @@
+"""Which operations of a pass are native, and can be one call.
+
+Legend: T time, B batch, I input, H hidden, O output, D any feature.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from recurra.compiler.llvm import gemm
+from recurra.compiler.native import NativeLoop
+from recurra.compiler.segment import Segment
+
+_PRODUCTS = {gemm.mm, gemm.addmm, gemm.total}
+# These only say anew where numbers lie, or how many there are.
+_ALIASES = {torch.permute, torch.t, torch.reshape, operator.getitem, getattr, operator.mul}
+
+
+def join(graph: fx.Graph, sums: Callable[..., Tensor]) -> fx.Graph:
+    """The graph of a pass with its loops, products and ``sums`` over the steps as one operation, as far as nothing else
+    is calculated of one and used by the next."""
+    return _Join(graph, sums).run()
+
+
+class _Join:
+    def __init__(self, graph: fx.Graph, sums: Callable[..., Tensor]) -> None:
+        self.graph, self.sums = graph, sums
+        # Those that are called, those calculated of their results, and of these those that must come after all.
+        self.chosen: list[fx.Node] = []
+        self.below: set[fx.Node] = set()
+        self.barred: set[fx.Node] = set()
+
+    def run(self) -> fx.Graph:
+        for node in self.graph.nodes:
+            self.place(node)
+        loops = [loop for node in self.chosen if (loop := _loop(node)) is not None]
+        if len(self.chosen) < 2 or not loops:
+            return self.graph
+        # What somebody else takes: of a loop its parts, and of these not what only says anew where their numbers lie.
+        parts = [part for node in self.chosen for part in ([node] if _loop(node) is None else node.users)]
+        inside = {*self.chosen, *parts}
+        for node in reversed(self.graph.nodes):
+            # Of a tuple from elsewhere its parts are given, and what a loop takes must lie in its own order.
+            given = node not in self.below and (node.target is operator.getitem or any(map(_loop, node.users)))
+            if _is_alias(node) and not given and node not in self.barred and inside.intersection(node.users):
+                inside.add(node)
+        body = [node for node in self.graph.nodes if node in inside]
+        needed = set(self.barred)
+        for node in reversed(self.graph.nodes):
+            if node in self.below and node not in self.chosen and node not in parts and needed.intersection(node.users):
+                needed.add(node)
+        rest = [node for node in self.graph.nodes if node in needed]
+        results = [node for node in parts if needed.intersection(node.users)]
+        call = next(iter(self.graph.nodes))
+        inputs = [n for n in dict.fromkeys(o for node in body for o in node.all_input_nodes) if n not in inside]
+        inputs.remove(call)
+        segment = Segment(_part(call, inputs, body, results), self.sums, loops[0].dtype)
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node not in self.below and node not in self.barred:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        joined = graph.call_function(segment.run, (copies[call], *(copies[node] for node in inputs)))
+        for k, node in enumerate(results):
+            copies[node] = graph.call_function(operator.getitem, (joined, k))
+        for node in rest:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        # What only the one call took.
+        graph.eliminate_dead_code(lambda node: not _is_alias(node))
+        return graph
+
+    def place(self, node: fx.Node) -> None:
+        inputs = node.all_input_nodes
+        if node.op == "output" or self.barred.intersection(inputs):
+            self.barred.add(node)
+        elif self.is_called(node):
+            self.chosen.append(node)
+            self.below.add(node)
+        elif self.below.intersection(inputs):
+            (self.below if _is_alias(node) else self.barred).add(node)
+
+    def is_called(self, node: fx.Node) -> bool:
+        return _loop(node) is not None or node.target in _PRODUCTS or node.target is self.sums
+
+
+def _part(call: fx.Node, given: list[fx.Node], body: list[fx.Node], results: list[fx.Node]) -> fx.Graph:
+    """A graph of some of the nodes of another."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in (call, *given)}
+    for node in body:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in results))
+    return graph
+
+
+def _loop(node: fx.Node) -> NativeLoop | None:
+    loop = getattr(node.target, "__self__", None)
+    return loop if isinstance(loop, NativeLoop) else None
+
+
+def _is_alias(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _ALIASES

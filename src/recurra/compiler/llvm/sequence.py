@@ -1,0 +1,79 @@
+"""Native calls one after the other as one: between two of them, Python would cost more than a small one takes.
+
+Legend: D any feature.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+
+from recurra.compiler.llvm.code import I64, POINTER, VOID, Code, Floats
+from recurra.compiler.llvm.target import Engine, host
+from recurra.compiler.llvm.team import openmp
+
+# What of a call is in the list: the address of a function, that of its words, and how many threads call it.
+CALL = 3
+# The words of a copy: from where, to where, how many bytes.
+COPY = 3
+I32 = ir.IntType(32)
+
+
+class Calls:
+    """The native code. ``run`` takes the address of a list: how many calls, what starts a team, and the calls."""
+
+    def __init__(self) -> None:
+        module = ir.Module("recurra")
+        floats = Floats(module, np.dtype(np.float32), host())
+        _run(floats)
+        _copy(floats)
+        self._engine = Engine(str(module), host())
+        self.run: Callable[[int], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.address("sequence"))
+        self.copy = self._engine.address("copy")
+
+
+@cache
+def calls() -> Calls:
+    """The native code for this machine, made at first use."""
+    return Calls()
+
+
+@cache
+def team() -> int:
+    """The address of what starts a team of PyTorch's threads; 0 where there is none."""
+    library = openmp()
+    return 0 if library is None else ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+
+
+def _run(floats: Floats) -> None:
+    function = ir.Function(floats.module, ir.FunctionType(VOID, [POINTER]), "sequence")
+    code = Code(floats, function)
+    b, words = code.b, function.args[0]
+    count, start = (code.entry(words, each, I64) for each in range(2))
+    alone = ir.FunctionType(VOID, [POINTER]).as_pointer()
+    together = ir.FunctionType(VOID, [I64, POINTER, I32, I32]).as_pointer()
+    with code.loop(count) as index:
+        place = code.plus(code.times(index, CALL), 2)
+        address, members = (code.entry(words, code.plus(place, each), I64) for each in (0, 2))
+        argument = code.entry(words, code.plus(place, 1))
+        with b.if_else(b.icmp_unsigned("==", members, code.number(1))) as (one, many):
+            with one:
+                b.call(b.inttoptr(address, alone), [argument])
+            with many:
+                b.call(b.inttoptr(start, together), [address, argument, b.trunc(members, I32), ir.Constant(I32, 0)])
+    b.ret_void()
+
+
+def _copy(floats: Floats) -> None:
+    function = ir.Function(floats.module, ir.FunctionType(VOID, [POINTER]), "copy")
+    code = Code(floats, function)
+    words, no = function.args[0], ir.Constant(ir.IntType(1), 0)
+    kind = ir.FunctionType(VOID, [POINTER, POINTER, I64, ir.IntType(1)])
+    source, target = (code.entry(words, each) for each in range(2))
+    move = floats.declared("llvm.memcpy.p0.p0.i64", kind)
+    code.b.call(move, [target, source, code.entry(words, 2, I64), no])
+    code.b.ret_void()
