@@ -46,20 +46,39 @@ def test_memory_comes_back_when_the_last_who_holds_it_goes(small):
     assert small.empty((20, 15), torch.float32).data_ptr() == address
 
 
-def test_a_value_that_is_a_little_smaller_takes_it_and_one_that_is_much_smaller_does_not(small):
-    address = small.empty((1000,), torch.float32).data_ptr()
-    assert small.empty((790,), torch.float32).data_ptr() != address
-    assert small.empty((800,), torch.float32).data_ptr() == address
-    assert small.empty((1001,), torch.float32).data_ptr() != address
+def test_a_value_that_is_a_little_smaller_takes_it_and_one_that_is_much_smaller_does_not(small, monkeypatch):
+    made = []
+
+    class Noted(pool.Block):
+        def __init__(self, size):
+            made.append(size // 4)
+            super().__init__(size)
+
+    monkeypatch.setattr(pool, "Block", Noted)
+    held = [small.empty((1000,), torch.float32) for _ in range(3)]
+    del held[:]
+    held = [small.empty((size,), torch.float32) for size in (800, 790, 1001)]
+    assert made == [1000, 1000, 1000, 790, 1001]
+    assert [value.numel() for value in held] == [800, 790, 1001]
 
 
-def test_what_waits_for_too_long_goes_back_to_the_system(small):
-    small.empty((1000,), torch.float32)
-    for _ in range(pool.AGE + 1):
-        small.empty((10,), torch.float32)
-    assert small.idle == 4040
-    small.empty((11,), torch.float32)
-    assert small.idle == 84
+def test_what_has_waited_longest_goes_back_before_there_would_be_more_than_was_ever_held(small):
+    """Floats of four bytes: 300 at a time and no more, in whatever pieces."""
+    held = [small.empty((100,), torch.float32) for _ in range(3)]
+    held.pop()
+    held.pop()
+    assert small.idle == 800
+    held.append(small.empty((150,), torch.float32))
+    assert small.idle == 0
+    del held[:]
+    assert small.idle == 1000
+    held = [small.empty((40,), torch.float32), small.empty((10,), torch.float32)]
+    assert small.idle == 1000
+    more = small.empty((1,), torch.float32)
+    assert small.idle == 600
+    del held[:], more
+    held = [small.empty((1000,), torch.float32)]
+    assert small.idle == 0
 
 
 def test_clear_gives_back_what_nobody_holds(small):
@@ -70,6 +89,26 @@ def test_clear_gives_back_what_nobody_holds(small):
     held.fill_(1.0)
     del held
     assert small.idle == 40
+    # Of what was held before nothing is remembered.
+    small.empty((5,), torch.float32)
+    assert small.idle == 20
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=60))
+@settings(deadline=None, max_examples=60)
+def test_it_never_has_more_than_was_held(steps):
+    least, pool.LEAST = pool.LEAST, 0
+    try:
+        mine, held, most = Pool(), [], 0
+        for take, size in steps:
+            if take or not held:
+                held.append(mine.empty((size,), torch.float32))
+            else:
+                held.pop(size % len(held))
+            most = max(most, sum(block for _, block in mine._lent.values()))
+            assert mine.idle + sum(block for _, block in mine._lent.values()) <= most
+    finally:
+        pool.LEAST = least
 
 
 def test_small_values_are_none_of_its_business():

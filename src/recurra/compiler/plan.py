@@ -32,7 +32,9 @@ _TAME = {
     _aten.where, _aten.full, _aten.full_like, _aten.clone, _aten.alias, _aten.detach,
 }  # fmt: skip
 # Calculated sooner than read from memory.
-_CHEAP = {_aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.neg, _aten.alias, _aten.detach}
+_CHEAP = {
+    _aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.neg, _aten.tanh, _aten.sigmoid, _aten.alias, _aten.detach,
+}  # fmt: skip
 _PIECES = {_aten.split, _aten.split_with_sizes}
 _TURNS = {_aten.t.default, _aten.permute.default, _aten.transpose.int}
 Wanted = frozenset[fx.Node]
@@ -183,6 +185,7 @@ class Plan:
         _, kinds, stages, _ = planned
         read = {node for each in stages if each.native is not None for node in each.needs}
         others = {node for each in stages if each.native is None for node in each.needs}
+        # A new carry costs nothing, as it is the next step's old one.
         others.update([*(node for node, _ in kinds), step.y, *step.new, *step.taps.values()])
         found: set[fx.Node] = set()
         for node in analysis.order:

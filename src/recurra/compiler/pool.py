@@ -7,6 +7,7 @@ Legend: D any feature.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from weakref import ref
 
@@ -14,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Measured, see docs/lab-notes.md. Bytes below which the system's own allocator has memory at hand.
-LEAST = 1 << 18
-# How much larger than a value its memory may be, and for how many further values memory waits for its next one.
-SPARE, AGE = 1.25, 96
+# Measured, see docs/lab-notes.md. Bytes below which the system's own allocator has memory at hand, and how much larger
+# than a value its memory may be.
+LEAST, SPARE = 1 << 18, 1.25
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -32,14 +32,18 @@ class Block:
 
 
 class Pool:
-    """Gives memory to tensors, and takes it back when nobody holds them any more."""
+    """Gives memory to tensors, and takes it back when nobody holds them any more.
+
+    It never has more than was held at one time since it was last cleared: before it asks for new memory, that which
+    has waited longest goes back to the system.
+    """
 
     def __init__(self) -> None:
         # By size, the last one that came back last.
         self._free: dict[int, list[Block]] = {}
-        self._given = 0
         # Weak references live as long as what they refer to, or their callbacks are not called.
-        self._lent: dict[int, ref[np.ndarray]] = {}
+        self._lent: dict[int, tuple[ref[np.ndarray], int]] = {}
+        self._given = self._most = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As ``torch.empty``, for float32 and float64 on the CPU."""
@@ -47,7 +51,7 @@ class Pool:
         if size < LEAST:
             return torch.empty(shape, dtype=dtype)
         self._given += 1
-        block = self._pop(size) or self._near(size) or Block(size)
+        block = self._pop(size) or self._near(size) or self._new(size)
         lent = block.memory[:size].view(_NUMPY[dtype]).reshape(shape)
         key = id(lent)
 
@@ -56,12 +60,13 @@ class Pool:
             block.since = self._given
             self._free.setdefault(block.size, []).append(block)
 
-        self._lent[key] = ref(lent, back)
+        self._lent[key] = ref(lent, back), block.size
         return torch.from_numpy(lent)
 
     def clear(self) -> None:
         """Gives what nobody uses back to the system."""
         self._free.clear()
+        self._most = 0
 
     @property
     def idle(self) -> int:
@@ -76,13 +81,22 @@ class Pool:
             return None
 
     def _near(self, size: int) -> Block | None:
-        """A block that is a little too large. What has waited for too long goes back to the system."""
-        for each, blocks in [*self._free.items()]:
-            blocks[:] = [block for block in blocks if self._given - block.since <= AGE]
-            if not blocks:
-                self._free.pop(each, None)
-        fitting = [each for each in [*self._free] if size <= each <= SPARE * size]
+        """A block that is a little too large."""
+        fitting = [each for each, blocks in [*self._free.items()] if blocks and size <= each <= SPARE * size]
         return self._pop(min(fitting)) if fitting else None
+
+    def _new(self, size: int) -> Block:
+        held = size + sum(each for _, each in [*self._lent.values()])
+        self._most = max(self._most, held)
+        waiting = sorted((block for blocks in [*self._free.values()] for block in [*blocks]), key=lambda b: b.since)
+        over = held + sum(block.size for block in waiting) - self._most
+        for block in waiting:
+            if over <= 0:
+                break
+            over -= block.size
+            with suppress(KeyError, ValueError):
+                self._free[block.size].remove(block)
+        return Block(size)
 
 
 POOL = Pool()
