@@ -70,7 +70,7 @@ class Script:
 
 
 class Writer:
-    """A form on its way: the operations of a segment, on places instead of tensors."""
+    """A script on its way: the operations of a segment, on places instead of tensors."""
 
     def __init__(
         self, graph: fx.Graph, sums: Callable[..., Tensor], dtype: torch.dtype, call: Any, given: Sequence[Tensor]
@@ -144,17 +144,13 @@ class Writer:
         (M, K), N = a.shape, b.shape[1]
         if self.products.lanes > N or 1 not in b.strides or K == 0:
             raise Unfit
-        begin, row, column = _Place("zero", 0), 0, 0
-        if start is not None:
-            begin = start.place
-            if start.shape == (N,):
-                row, column = 0, start.strides[0]
-            elif start.shape == (M, N):
-                row, column = start.strides
-            else:
-                raise Unfit
-            if column != 1:
-                raise Unfit
+        row, column = 0, 1
+        if start is not None and start.shape == (N,):
+            (column,) = start.strides
+        elif start is not None and start.shape == (M, N):
+            row, column = start.strides
+        if column != 1 or (start is not None and start.shape not in ((N,), (M, N))):
+            raise Unfit
         self.taken.update([a.place, b.place])
         down, across = gemm.grid(M, -(-N // self.products.lanes), self.threads if M * K * N >= gemm.WAKE else 1)
         c = self.value((M, N))
@@ -167,17 +163,16 @@ class Writer:
             "b_row": b.strides[0],
             "b_column": b.strides[1],
             "c_row": N,
+            "start": self.products.zeros,
             "start_row": row,
-            "start_column": column,
+            "start_column": 0 if start is None else 1,
             "row_parts": down,
             "column_parts": across,
             "apart": self.products.memory,
         }
         places = {"a": a.place, "b": b.place, "c": c.place, "memory": _Place("room", 1)}
-        if begin.kind == "zero":
-            numbers["start"] = self.products.zeros
-        else:
-            places["start"] = begin
+        if start is not None:
+            places["start"] = start.place
         words = [numbers.get(name, 0) for name in PRODUCT]
         self.add(
             self.products.addresses[0],
@@ -273,14 +268,14 @@ class Writer:
 
     def alone(self, result: _Value, results: Sequence[Any]) -> _Value:
         """A result for the caller that shares its memory with none that is kept: what is written on it is its own."""
-        index, size = result.place.index, prod(result.shape) * self.itemsize
+        index = result.place.index
         others = [other for other in results if other is not None and other is not result]
         first = result.place.skip == 0
         # Of old and new values the new ones are shown, and nobody else takes them.
         is_new = result.shape != self.shapes[index] and first == self.call.reverse
         if is_new and result.place not in self.taken and any(other.place.index == index for other in others):
             whole = self.value(result.shape)
-            self.copy(result.place, whole.place, size // self.itemsize)
+            self.copy(result.place, whole.place, prod(result.shape))
             return whole
         return result
 
