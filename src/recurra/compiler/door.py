@@ -16,11 +16,11 @@ from recurra.cell import Cell, State, leaves, map_state
 from recurra.compiler import operator
 from recurra.compiler.autograd import run
 from recurra.compiler.context import Form, find_rows, flatten, rebuild
+from recurra.compiler.cpu import CPU
 from recurra.compiler.explain import Details, details
 from recurra.compiler.fingerprint import Attributes, fingerprint, look
 from recurra.compiler.hoisted import Call
 from recurra.compiler.lower import decompositions
-from recurra.compiler.native import CPU
 from recurra.compiler.plan import Analysis, Plan
 from recurra.compiler.surroundings import TRACING, check, check_hooks, undisturbed
 from recurra.compiler.trace import trace, weights_of

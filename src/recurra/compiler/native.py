@@ -5,48 +5,22 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from recurra.compiler.ir import Node, Op, Program
-from recurra.compiler.llvm import gemm
 from recurra.compiler.llvm.kernel import Kernel, kernel_for
-from recurra.compiler.lower import Lowered, lower
+from recurra.compiler.lower import Lowered
 from recurra.compiler.pool import POOL
 from recurra.compiler.rows import Rows, by_row, from_rows
-from recurra.compiler.stages import Compiled, Functions
-from recurra.errors import BackendError
+from recurra.compiler.stages import Compiled
 
 _aten = torch.ops.aten
-
-
-class CPU:
-    """Makes native code of loops, for this machine's processor; ``rows`` says where the batch lies in every value."""
-
-    functions: Functions = MappingProxyType(
-        {_aten.mm.default: gemm.mm, _aten.addmm.default: gemm.addmm, _aten.sum.dim_IntList: gemm.total}
-    )
-
-    def __init__(self, rows: Mapping[fx.Node, Rows | None]) -> None:
-        self.rows = rows
-
-    def join(self, graph: fx.Graph, sums: Callable[..., Tensor]) -> fx.Graph:
-        from recurra.compiler.join import join
-
-        return join(graph, sums)
-
-    def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node]) -> NativeLoop:
-        """Raises BackendError, with the operation and the user's line, where the loop cannot be compiled."""
-        device = compiled.inputs[0].meta["val"].device
-        if device.type != "cpu":
-            raise BackendError(f"native code is for the CPU, and the state is on {device}; use backend='hoisted'")
-        return NativeLoop(compiled, lower(compiled, self.rows, forms, free), self.rows)
 
 
 @dataclass(frozen=True)
