@@ -33,6 +33,7 @@ class Process:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         line = ""
+        # One that has ended answers nothing, which is seen below.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

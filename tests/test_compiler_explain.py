@@ -6,29 +6,16 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree
-from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 from torch import nn
 
-from recurra import Bidirectional, Cell, Recurrent, cells, watch
+from explained import H, I, Sharing, Sorted, by_direction, rows_of
+from recurra import Cell, Recurrent, cells
 from recurra.compiler import cost, linear
 from recurra.compiler.llvm import kernel
 from recurra.errors import BackendError
-
-I, H = 6, 10
-
-
-def rows_of(cell: Cell, backend: str = "compiled", *, gradients: bool = True, **options):
-    with torch.set_grad_enabled(gradients):
-        return Recurrent(cell, backend=backend, **options).explain().table
-
-
-def by_direction(rows, direction: str, figure: str = "flops") -> int:
-    return sum(getattr(row, figure) for row in rows if row.direction == direction)
-
 
 # --- figures, by hand ---
 
@@ -104,23 +91,6 @@ def test_figures_do_not_depend_on_the_batch_or_on_the_length():
     ]
     after = re.sub(r"native code, .*", "native code, to be built at the first call", str(found))
     assert after.partition("\n\n")[2] == before.partition("\n\n")[2]
-
-
-class Sharing(Cell):
-    """Calculates a weight from another one once, and a context with rows and one without."""
-
-    input_size = output_size = 4
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.leak = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4))
-
-    def initial_state(self, batch_size):
-        return self.zeros(batch_size, 4)
-
-    def step(self, state, x, context=None):
-        state = torch.sigmoid(self.leak) * state + x @ (self.weight * 2).T
-        return state, state.softmax(1)
 
 
 def test_what_is_done_once_counts_for_the_sequence():
@@ -253,39 +223,21 @@ def test_where_native_code_came_from(tmp_path, monkeypatch):
 # --- refusals ---
 
 
-class Sorted(Cell):
-    """Cannot be lowered: it sorts in the loop."""
-
-    input_size = output_size = 3
-
-    def __init__(self):
-        super().__init__()
-        self.inner = cells.Vanilla(3, 3)
-
-    def initial_state(self, batch_size):
-        return self.inner.initial_state(batch_size)
-
-    def step(self, state, x, context=None):
-        h, _ = self.inner(state, x)
-        h = h.sort(1).values
-        return h, h
-
-
 def test_a_refusal_names_the_operation_and_the_line():
     rnn = Recurrent(Sorted())
     for _ in range(2):
         found = rnn.explain()
         assert (found.ran, found.asked) == ("hoisted", "auto")
         (loop,) = loops(found.table)
-        assert re.search(r"sort at test_compiler_explain\.py:\d+", loop.refused)
-        assert re.search(r"no native code: .*sort at\s+test_compiler_explain\.py:\d+", str(found), re.DOTALL)
+        assert re.search(r"sort at explained\.py:\d+", loop.refused)
+        assert re.search(r"no native code: .*sort at\s+explained\.py:\d+", str(found), re.DOTALL)
         assert not loop.native
         rnn(torch.randn(2, 2, 3))
-    with pytest.raises(BackendError, match=r"sort at test_compiler_explain\.py:\d+"):
+    with pytest.raises(BackendError, match=r"sort at explained\.py:\d+"):
         Recurrent(Sorted(), backend="compiled")(torch.randn(2, 2, 3))
     before = Recurrent(Sorted(), backend="compiled").explain()
     assert not before.called
-    assert re.search(r"sort at test_compiler_explain\.py:\d+", before.why)
+    assert re.search(r"sort at explained\.py:\d+", before.why)
 
 
 def test_operations_of_the_backward_step_have_the_line_of_what_they_are_the_gradient_of():
@@ -300,149 +252,6 @@ def test_operations_of_the_backward_step_have_the_line_of_what_they_are_the_grad
         ("lstm.py", 2 * 4 * H * I),
         ("wrappers.py", 2 * H * 3),
     }
-
-
-# --- before the first call ---
-
-
-def test_explaining_first_draws_no_number_and_changes_no_later_run():
-    cell = cells.Stack(cells.WeightDrop(cells.LSTM(3, 4), 0.5), cells.Zoneout(cells.GRU(4, 4), 0.5))
-    rnn, x = Recurrent(cell), torch.randn(5, 2, 3)
-    torch.manual_seed(1)
-    expected = rnn(x)[0]
-    other = Recurrent(cell)
-    torch.manual_seed(1)
-    assert not other.explain().called
-    assert other(x)[0].equal(expected)
-    assert other.explain().called
-
-
-def test_what_says_too_little_is_explained_after_its_first_call():
-    class NoSize(Cell):
-        def initial_state(self, batch_size):
-            return torch.zeros(batch_size, 2)
-
-        def step(self, state, x, context=None):
-            return state + x, state
-
-    class Conditioned(NoSize):
-        input_size = 2
-
-        def draw_context(self, batch_size, context=None):
-            return context + 1
-
-    class Plain(Conditioned):
-        def draw_context(self, batch_size, context=None):
-            return context
-
-        def step(self, state, x, context=None):
-            return state + x * context, state
-
-    for cell, context in ((NoSize(), None), (Conditioned(), torch.ones(2)), (Plain(), torch.ones(3, 2))):
-        rnn = Recurrent(cell)
-        found = rnn.explain()
-        assert (found.asked, found.ran, found.called, found.table) == ("auto", "auto", False, [])
-        assert "the step is traced at its first call" in found.why
-        with pytest.raises(BackendError, match="there is no traced step to draw"):
-            found.picture("nowhere.svg")
-        rnn(torch.randn(4, 3, 2), context=context)
-        assert rnn.explain().ran == "compiled"
-        assert rnn.explain().table
-
-
-def test_the_loop_has_no_table():
-    found = Recurrent(cells.LSTM(3, 4), backend="loop").explain()
-    assert found.table == []
-    assert str(found) == "backend='loop' runs 'loop': the reference loop was asked for"
-    assert Bidirectional(cells.LSTM(3, 4), cells.GRU(3, 4)).explain().table[1].reads == ("weight_ih", "bias")
-
-
-def test_a_watched_call_is_explained_with_its_taps():
-    rnn = Recurrent(cells.GRU(3, 4))
-    x = torch.randn(2, 2, 3)
-    rnn(x)
-    before = rnn.explain().table
-    with watch(rnn):
-        rnn(x)
-    assert rnn.explain().table != before
-    rnn(x)
-    assert rnn.explain().table == before
-
-
-# --- how it looks ---
-
-
-class Wide(Sharing):
-    """Figures of many digits."""
-
-    input_size = output_size = 4000
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.leak = nn.Parameter(torch.zeros(4000, 4000)), nn.Parameter(torch.zeros(4000))
-
-    def initial_state(self, batch_size):
-        return self.zeros(batch_size, 4000)
-
-
-MANY = [
-    Wide,
-    lambda: cells.MLSTM(6, 4),
-    lambda: cells.Stack(cells.LayerNormLSTM(3, 4), cells.SLSTM(4, 4), cells.Readout(cells.MinLSTM(4, 5), 2)),
-    lambda: cells.RecurrentHighway(3, 4),
-    Sorted,
-    Sharing,
-]
-
-
-@pytest.mark.parametrize("make", MANY)
-def test_the_table_fits_a_terminal_and_its_columns_add_up(make):
-    found = Recurrent(make()).explain()
-    text = str(found)
-    assert max(map(len, text.splitlines())) <= 100
-    flops = sum(row.flops for row in found.table)
-    total = next(line.split() for line in text.splitlines() if line.startswith("total"))
-    assert total[1] == f"{flops:,}"
-    shares = [float(share) for share in re.findall(r"^  \S.* ([\d.]+) %", text, re.MULTILINE)]
-    assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares))
-    # Right-aligned: the figures of a column end in one place.
-    ends = {
-        re.match(r"  \S.*?[\d,]+(?= +[\d.]+ %)", line).end()
-        for line in text.splitlines()
-        if " %" in line and line.startswith("  s")
-    }
-    assert len(ends) <= 1
-
-
-def test_rows_are_values():
-    row = rows_of(cells.LSTM(I, H))[0]
-    assert rows_of(cells.LSTM(I, H))[0] == row
-    with pytest.raises(FrozenInstanceError):
-        row.flops = 0
-    with pytest.raises(FrozenInstanceError):
-        row.operations[0].flops = 0
-    assert len({*rows_of(cells.LSTM(I, H))}) == len(rows_of(cells.LSTM(I, H)))
-
-
-@pytest.mark.parametrize("make", MANY)
-def test_the_picture_is_an_svg_with_every_stage_and_its_share(make, tmp_path):
-    rnn = Recurrent(make())
-    path = tmp_path / "stages.svg"
-    rnn.explain().picture(path)
-    again = tmp_path / "again.svg"
-    rnn.explain().picture(str(again))
-    root = ElementTree.parse(path).getroot()
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    marks = [element.get("id", "") for element in root.iter()]
-    drawn = [mark for mark in marks if mark.startswith(("forward ", "backward "))]
-    expected = [
-        " ".join([row.direction, row.kind, *row.carries])
-        for row in rnn.explain().table
-        if row.kind == "loop" or any(not each.moves for each in row.operations)
-    ]
-    assert drawn == expected
-    shares = [float(mark.split()[-1]) for mark in marks if mark.startswith("share ")]
-    assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares))
 
 
 def test_a_count_that_forgets_the_products_is_told_apart(monkeypatch):

@@ -175,6 +175,7 @@ class Terminal:
         return []
 
     def _resized(self, number: int, frame: FrameType | None) -> None:
+        # A full pipe wakes it anyway.
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake, b"\0")
 

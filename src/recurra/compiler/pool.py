@@ -94,6 +94,7 @@ class Pool:
             if over <= 0:
                 break
             over -= block.size
+            # Somebody else may have taken it meanwhile.
             with suppress(KeyError, ValueError):
                 self._free[block.size].remove(block)
         return Block(size)

@@ -82,6 +82,7 @@ def compiled(content: Sequence[str], build: Callable[[], bytes]) -> Compiled:
     if raw is not None:
         code = raw[len(_MAGIC) + _SEAL_BYTES :]
         if hmac.compare_digest(raw[: len(_MAGIC) + _SEAL_BYTES], _MAGIC + _seal(key, name, code)):
+            # Only the order in which old ones are tidied away depends on it.
             with contextlib.suppress(OSError):
                 os.utime(path)
             return Compiled(code, True)
@@ -129,6 +130,7 @@ def _open_folder() -> Path:
         info = folder.lstat()
     except FileNotFoundError:
         files.make_folder(folder.parent)
+        # Another process may make it, too; whose it is, is looked at below.
         with contextlib.suppress(FileExistsError):
             folder.mkdir(0o700)
         info = folder.lstat()

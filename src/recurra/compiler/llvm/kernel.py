@@ -73,9 +73,8 @@ class Kernel:
         """One whole call on the memory at these addresses: it writes the outputs, and ``state`` in place.
 
         ``operands`` are the inputs, rows, vectors and matrices, in this order; shapes and types are those of
-        ``Operands``. strides: numbers from one row of each matrix to the next, as the
-        program declares the matrices if not given. 0 for lengths or resets: there are none. Nothing is checked: a
-        wrong address ends the process.
+        ``Operands``. strides: numbers from one row of each matrix to the next, as the program declares the matrices
+        if not given. 0 for lengths or resets: there are none. Nothing is checked: a wrong address ends the process.
         """
         parts, members = self.divide(T, B, threads)
         try:
