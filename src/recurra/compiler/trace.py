@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from recurra.cell import Cell, State, leaves, map_state
 from recurra.compiler.context import Form, flatten, rebuild
 from recurra.compiler.lines import Lines, at_line, where_raised
+from recurra.compiler.twin import twin
 from recurra.errors import BackendError, RecurraError, ShapeError
 from recurra.taps import Record
 
@@ -126,8 +127,12 @@ def trace(
     likes += [_like(name, leaf, True) for name, leaf in zip(leaf_names(state), leaves(state), strict=True)]
     likes += [_like("x", x, True)]
     likes += [_like(f"context_{k}", p, r) for k, (p, r) in enumerate(zip(parts, context_rows, strict=True))]
-    joint = _Joint(cell, list(weights), state, form, tapped)
-    ours, theirs = [_record(cell, joint, likes, size, decompositions) for size in SIZES]
+    for same in (twin(cell), cell):
+        joint = _Joint(same, list(weights), state, form, tapped)
+        ours, theirs = [_record(cell, joint, likes, size, decompositions) for size in SIZES]
+        if not _storages(_constants(ours, ours.graph).values()) & _storages(weights.values()):
+            # Nothing in the step, such as a function that knows the cell itself, reads a weight past the twin.
+            break
     _compare(cell, ours.graph, theirs.graph)
 
     graph = ours.graph
@@ -162,9 +167,17 @@ def trace(
         new_gradient=tangents[:-1],
         y_gradient=tangents[-1],
         gradient=dict(zip(differentiated, results[2 * count : len(results) - len(joint.taps)], strict=True)),
-        constants={node: getattr(ours, str(node.target)) for node in graph.nodes if node.op == "get_attr"},
+        constants=_constants(ours, graph),
         taps=dict(zip(joint.taps, results[len(results) - len(joint.taps) :], strict=True)),
     )
+
+
+def _constants(module: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, Tensor]:
+    return {node: getattr(module, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 class _Joint:
