@@ -53,7 +53,7 @@ def fill_memory_with_nan(monkeypatch) -> None:
 
     def run_on(self, *args):
         for room in self._idle:
-            for array in (room.memory, *(array for space in room.spaces for array in space.arrays)):
+            for array in (*room.memory, *(array for space in room.spaces for array in space.arrays)):
                 array.view(np.uint8)[...] = 0xFF
         return run(self, *args)
 

@@ -81,6 +81,18 @@ def test_what_has_waited_longest_goes_back_before_there_would_be_more_than_was_e
     assert small.idle == 0
 
 
+def test_what_is_held_briefly_may_take_what_is_much_larger(small):
+    """Else it and a larger value that comes after it would take turns in having each other's memory given up."""
+    held = [small.empty((100,), torch.float32)]
+    del held[:]
+    brief = small.empty((30,), torch.float32, brief=True)
+    assert (brief.shape, small.idle) == ((30,), 0)
+    del brief
+    assert small.idle == 400
+    held = [small.empty((30,), torch.float32)]
+    assert small.idle == 0
+
+
 def test_clear_gives_back_what_nobody_holds(small):
     held = small.empty((10,), torch.float32)
     small.empty((10,), torch.float32)

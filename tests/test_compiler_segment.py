@@ -19,8 +19,9 @@ from faster import by, fill_memory_with_nan
 from paths import by_recurrent
 from recurra import cells
 from recurra.cell import Cell
-from recurra.compiler import script, segment
+from recurra.compiler import native, script, segment
 from recurra.compiler.llvm import kernel
+from recurra.compiler.llvm.kernel import kernel_for
 from recurra.compiler.script import Writer
 from recurra.compiler.segment import Segment
 from recurra.unroll import Recurrent
@@ -46,7 +47,7 @@ def threads(number: int):
 
 def segments_of(rnn: Recurrent) -> list[Segment]:
     plan = rnn._path._last
-    nodes = [node for part in (plan.ahead, plan.back) for node in part.function.__self__.graph.nodes]
+    nodes = [node for part in (plan.ahead, plan.back) for node in part.whole.function.__self__.graph.nodes]
     found = [getattr(node.target, "__self__", None) for node in nodes]
     return [each for each in found if isinstance(each, Segment)]
 
@@ -81,6 +82,19 @@ def test_the_usual_cells_are_one_call_each_way(name):
     record(path, case)
     assert [len(part._scripts) for part in segments_of(rnn)] == [1, 1]
     assert scripts_of(rnn) == [True, True]
+
+
+def test_what_is_only_summed_is_summed_in_the_loop():
+    case = draw(BY_NAME["LayerNormLSTM"], 9, 4, 19, 24)
+    rnn, path = compiled(case)
+    record(path, case)
+    (loop,) = [stage.native for stage in rnn._path._last.back.stages if stage.native is not None]
+    (kernel,) = loop.kernels
+    assert len(kernel.program.outputs) < len(loop.program.outputs)
+    assert len(kernel.program.carries) > len(loop.program.carries)
+    # Rows that begin afresh would lose what they have added up.
+    record(path, replace(case, resets=torch.zeros(9, 4, dtype=torch.bool)))
+    assert any(len(each.program.carries) == len(loop.program.carries) for each in loop.kernels)
 
 
 @pytest.mark.parametrize("options", [("lengths",), ("resets",), ("lengths", "resets", "reverse")])
@@ -152,6 +166,40 @@ def test_long_calls_go_call_by_call(monkeypatch):
     assert not any(scripts_of(rnn))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pass_can_be_one_call_and_the_other_many(monkeypatch, first):
+    """What the one keeps in one tensor, the other takes apart; or takes as a tensor each."""
+    limits = [script.MOST, 1000]
+    case = draw(BY_NAME["LSTM"], 9, 4, 19, 24)
+    rnn = Recurrent(case.cell, backend="compiled")
+    found = []
+    for path in (rnn, Recurrent(case.cell, backend="loop")):
+        monkeypatch.setattr(script, "MOST", limits[not first])
+        y, _ = path(case.x)
+        monkeypatch.setattr(script, "MOST", limits[first])
+        found.append(torch.autograd.grad(y.square().sum(), [case.x, *case.cell.parameters()]))
+    assert scripts_of(rnn) == [first, not first]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_what_is_kept_is_one_tensor():
+    case = draw(BY_NAME["LSTM"], 9, 4, 19, 24)
+    _, path = compiled(case)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        path(case)
+    inputs = [case.x, *case.cell.parameters()]
+    sizes = [t.numel() for t in kept if not any(t is given for given in inputs) and t.numel() > 4 * 24]
+    assert len(sizes) == 1
+    assert sizes[0] >= 9 * 4 * 24 * 6
+
+
 def test_as_many_sizes_are_remembered(monkeypatch):
     monkeypatch.setattr(segment, "_KEPT", 2)
     case = draw(BY_NAME["Vanilla"], 9, 4, 19, 24)
@@ -221,24 +269,55 @@ def without_copies(right, self, *rest):
     return None
 
 
-def in_the_order_of_time(right, self, loop, operands, state, reverse, both):
-    return right(self, loop, operands, state, not reverse, both)
+def in_the_order_of_time(right, self, loop, operands, state, reverse, *rest):
+    return right(self, loop, operands, state, not reverse, *rest)
 
 
 def sums_of_one_row_less(right, self, value, R, shape):
     return right(self, value, max(1, R - 1), shape)
 
 
+def without_zeros(right, self, shape):
+    return self.value(shape)
+
+
+def last_instead_of_sum(right, self, loop, summed, *rest):
+    kernel = loop.kernel
+    loop.kernel = lambda every_state=False, summed=frozenset(): (
+        kernel(every_state, summed) if not summed else kernel_for(_without_sums(loop.program, summed), "float64")
+    )
+    try:
+        return right(self, loop, summed, *rest)
+    finally:
+        del loop.kernel
+
+
+def _without_sums(program, summed):
+    """Its outputs are carries that take each step's value alone."""
+    whole = native._summed(program, summed)
+    new = [whole.nodes[place].args[1] if k >= len(program.carries) else place for k, place in enumerate(whole.new)]
+    return replace(whole, new=tuple(new))
+
+
+def values_over_each_other(right, self, values, into, places):
+    size = right(self, values, into, places)
+    places.update(dict.fromkeys(values, (into, 0)))
+    return size
+
+
 WRONG = {
+    "values over each other": ("pack", values_over_each_other),
     "no copies": ("copy", without_copies),
     "against the order of time": ("loop", in_the_order_of_time),
     "sums of one row less": ("total", sums_of_one_row_less),
+    "sums that do not begin at zero": ("zeros", without_zeros),
+    "the last step's value as the sum": ("backward", last_instead_of_sum),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_script_is_told_apart(name, monkeypatch):
-    case = draw(BY_NAME["LSTM"], 9, 4, 19, 24, "state")
+    case = draw(BY_NAME["LayerNormLSTM"], 9, 4, 19, 24, "state")
     expected = record(by_recurrent, case)
     method, wrong = WRONG[name]
     right = getattr(Writer, method)
@@ -250,23 +329,12 @@ def test_a_wrong_script_is_told_apart(name, monkeypatch):
 def test_a_state_that_is_not_where_it_is_said_to_be_is_told_apart(monkeypatch):
     case = draw(BY_NAME["LSTM"], 9, 4, 19, 24, "state")
     expected = record(by_recurrent, case)
-    monkeypatch.setattr(script, "_moved", lambda value, skip: value)
+    monkeypatch.setattr(script, "moved", lambda value, skip: value)
     killed(lambda: assert_agree(record(compiled(case)[1], case), expected, 1e-11))
 
 
-def test_results_that_share_memory_are_told_apart(monkeypatch):
-    """Two of what a pass gives lie in the same memory: y would not be its owner's."""
-    monkeypatch.setattr(Writer, "alone", lambda self, result, results: result)
-    seen = []
-    right = Segment.run
-
-    def watched(self, call, *given):
-        results = right(self, call, *given)
-        held = [value.untyped_storage().data_ptr() for value in results if value is not None]
-        seen.append(len(held) != len(set(held)))
-        return results
-
-    monkeypatch.setattr(Segment, "run", watched)
+def test_y_without_memory_of_its_own_is_told_apart(monkeypatch):
     case = draw(BY_NAME["LSTM"], 9, 4, 19, 24)
-    record(compiled(case)[1], case)
-    assert any(seen)
+    expected = record(by_recurrent, case)
+    monkeypatch.setattr(Writer, "alone", lambda self, result, rest: result)
+    killed(lambda: assert_agree(record(compiled(case)[1], case), expected, 1e-11))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -23,23 +24,34 @@ Ends = Sequence[tuple[fx.Node, str]]
 Sum = Callable[[Tensor, list[int]], Tensor]
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """A pass as a function, and the numbers of what it is given that may lie in one tensor, see ``assemble``."""
+
+    function: Callable[..., tuple[Any, ...]]
+    together: frozenset[int] = frozenset()
+
+
 def assemble(
     stages: Sequence[Compiled],
     rows: Mapping[fx.Node, Rows | None],
     forms: Mapping[fx.Node, str],
     given: Sequence[fx.Node],
-    carries: int,
+    carries: Sequence[bool],
     ends: Ends,
+    kept: Sequence[fx.Node],
     backend: Backend | None = None,
-    backward: bool = False,
-) -> Callable[..., tuple[Any, ...]]:
-    """The function of a call, of the values of ``given``, and of the carries' first and fresh states.
+    backward: Assembled | None = None,
+) -> Assembled:
+    """The function of a call, of the values of ``given``, and of the carries' first and fresh states. Values of all
+    steps are (T, B, ...).
 
-    It gives the ``ends`` and the carries' last states. Backward it is of the gradients of the carries' last states,
-    and after the ends it gives those of their first and, None where no row began afresh, of their fresh states.
-    ``forms`` has the form of every value.
+    It gives the ``ends``, the carries' last states, and what is ``kept`` for the ``backward`` pass. Backward, where
+    there is none, ``kept`` is among what is given; it is of the gradients of the carries' last states, and after the
+    ends it gives those of their first and, None where no row began afresh, of their fresh states. ``forms`` has the
+    form of every value; ``carries`` says of each carry whether its last state is asked for.
     """
-    return _Assembly(rows, forms, backend).run(stages, given, carries, ends, backward)
+    return _Assembly(rows, forms, backend).run(stages, given, carries, ends, kept, backward)
 
 
 class _Assembly:
@@ -56,26 +68,44 @@ class _Assembly:
         self.taken: dict[tuple[fx.Node, str], fx.Node] = {}
 
     def run(
-        self, stages: Sequence[Compiled], given: Sequence[fx.Node], carries: int, ends: Ends, backward: bool
-    ) -> Callable[..., tuple[Any, ...]]:
+        self,
+        stages: Sequence[Compiled],
+        given: Sequence[fx.Node],
+        carries: Sequence[bool],
+        ends: Ends,
+        kept: Sequence[fx.Node],
+        backward: Assembled | None,
+    ) -> Assembled:
+        back = backward is None
         self.call_ = self.graph.placeholder("call")
-        for node in given:
-            self.values[node] = self.graph.placeholder(node.name)
-        last: list[Any] = [self.graph.placeholder(f"carry_{k}") for k in range(carries)]
-        fresh: list[Any] = [None if backward else self.graph.placeholder(f"fresh_{k}") for k in range(carries)]
-        B = self.call(getattr, self.call_, "B")
-        self.steps = self.call(getattr, self.call_, "T")
-        size = self.call(operator.mul, self.steps, B)
+        places = {node: self.graph.placeholder(node.name) for node in given}
+        last: list[Any] = [self.graph.placeholder(f"carry_{k}") for k, _ in enumerate(carries)]
+        fresh: list[Any] = [None if back else self.graph.placeholder(f"fresh_{k}") for k, _ in enumerate(carries)]
+        self.steps, self.batch = (self.call(getattr, self.call_, name) for name in ("T", "B"))
+        self.size = self.call(operator.mul, self.steps, self.batch)
+        for node, place in places.items():
+            steps = self.forms[node] == ROWS and node not in kept
+            self.values[node] = self.call(torch.reshape, place, [self.size, *_features(node)]) if steps else place
         for stage in stages:
             if stage.stage.kind == LOOP:
-                self.loop(stage, last, fresh, backward)
+                self.loop(stage, last, fresh, back)
             else:
-                self.straight(stage, size if stage.stage.kind == BATCHED else B)
-        results = [self.take(node, kind) for node, kind in ends]
-        self.graph.output((*results, *last, *(fresh if backward else ())))
+                self.straight(stage, self.size if stage.stage.kind == BATCHED else self.batch)
+        last = [value if asked else None for value, asked in zip(last, carries, strict=True)]
+        results = [*(self.end(node, kind) for node, kind in ends), *last]
+        held: dict[int, int] = {}
+        if backward is None:
+            results += [value if asked else None for value, asked in zip(fresh, carries, strict=True)]
+        else:
+            held = {len(results) + number: number for number in range(len(kept)) if number in backward.together}
+            results += [self.take(node, LOOP) for node in kept]
+        self.graph.output(tuple(results))
         _turn_once(self.graph)
-        graph = self.graph if self.backend is None else self.backend.join(self.graph, self.sum)
-        return fx.GraphModule(nn.Module(), graph).forward
+        graph, together = self.graph, frozenset[int]()
+        if self.backend is not None:
+            numbers = {places[node]: number for number, node in enumerate(kept)} if back else {}
+            graph, together = self.backend.join(graph, self.sum, numbers, held)
+        return Assembled(fx.GraphModule(nn.Module(), graph).forward, together)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
@@ -114,6 +144,13 @@ class _Assembly:
             self.values[node].target = SHORT.get(node.target, node.target)
         return self.values[node]
 
+    def end(self, node: fx.Node, kind: str) -> fx.Node:
+        """A value as the caller takes it."""
+        value = self.take(node, kind)
+        if kind != BATCHED:
+            return value
+        return self.call(torch.reshape, value, [self.steps, self.batch, *_features(node)])
+
     def take(self, node: fx.Node, kind: str) -> fx.Node:
         """A value as a stage of that kind takes it, a loop's kind being as it is."""
         value, form, rows = self.value(node), self.forms[node], self.rows[node]
@@ -127,6 +164,11 @@ class _Assembly:
             value = self.call(self.sum, value, self.steps, rows.axis, rows.apart)
         self.taken[node, kind] = value
         return value
+
+
+def _features(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of the axes behind that of the batch."""
+    return tuple(node.meta["val"].shape[1:])
 
 
 def _turn_once(graph: fx.Graph) -> None:

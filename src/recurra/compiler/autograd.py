@@ -17,7 +17,7 @@ from recurra.compiler.pool import POOL
 
 
 def run(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """y (T * B, O) and the leaves of the final state, of ``tensors``, which are x (T, B, I), the weights and the
+    """y (T, B, O) and the leaves of the final state, of ``tensors``, which are x (T, B, I), the weights and the
     context of the plan, the leaves of the state and the leaves of the fresh state."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         results: tuple[Tensor, ...] = _apply(call, *tensors)
@@ -79,8 +79,14 @@ def own(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
         storage = result.untyped_storage()
         shared = storage.data_ptr() in taken or storage.nbytes() != result.numel() * result.element_size()
         taken.add(storage.data_ptr())
-        own.append(_copy(result) if shared or result._is_view() else result)
+        own.append(_copy(result) if shared else _no_view(result) if result._is_view() else result)
     return own
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The same numbers by a tensor that is not called a view: on one from a function PyTorch lets nobody write."""
+    same: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+    return same
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -32,8 +32,10 @@ class CPU:
     def __init__(self, rows: Mapping[fx.Node, Rows | None]) -> None:
         self.rows = rows
 
-    def join(self, graph: fx.Graph, sums: Callable[..., Tensor]) -> fx.Graph:
-        return join(graph, sums)
+    def join(
+        self, graph: fx.Graph, sums: Callable[..., Tensor], given: Mapping[fx.Node, int], kept: Mapping[int, int]
+    ) -> tuple[fx.Graph, frozenset[int]]:
+        return join(graph, sums, given, kept)
 
     def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node]) -> NativeLoop:
         """Raises BackendError, with the operation and the user's line, where the loop cannot be compiled."""

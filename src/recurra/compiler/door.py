@@ -91,10 +91,10 @@ class Traced:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return self._in_program(cell, x, state, context, given, **options)
         before = self._before
+        known = None if before is None or context is not given is None else before.tensors(cell, x, state, fresh)
         try:
-            if before is not None and context is given is None and before.is_like(cell, x, state, fresh):
-                plan, weights, form = before.plan, before.weights, before.form
-                tensors = [x, *weights.values(), *leaves(state), *leaves(fresh)]
+            if before is not None and known is not None:
+                plan, weights, form, tensors = before.plan, before.weights, before.form, known
                 check(self.backend, tensors)
             else:
                 check_hooks(self.backend, cell)
@@ -105,7 +105,7 @@ class Traced:
                     check(self.backend, tensors)
                     plan = self._plan(cell, tensors, list(weights), state, context, form, given, x.shape[1])
                     usual = not parts and given is None and _is_usual(x)
-                    self._before = _Before(cell, x, state, fresh, plan, weights, form) if usual else None
+                    self._before = _Before(cell, tensors, plan, weights, form, state is fresh) if usual else None
         except RecurraError as error:
             if self.backend != "auto" or self.memory != "store":
                 raise
@@ -113,7 +113,7 @@ class Traced:
             self._last = error
             return self.loop(cell, x, state, context, **options)
         self._last = plan
-        return self._run(plan, cell, tensors, list(weights), form, state, **options)
+        return self._run(plan, cell, tensors, weights, form, state, **options)
 
     def _in_program(
         self,
@@ -142,7 +142,6 @@ class Traced:
             tensors[0], active = fill_padding(x, lengths)
             resets = None if resets is None else resets & active
         y, *finals = operator.run(site, tensors, lengths, resets, reverse, differentiable)
-        y = y.view(T, B, *y.shape[1:])
         if active is not None:
             y = torch.where(active.view(T, B, *[1] * (y.dim() - 2)), y, torch.zeros_like(y))
         rest = iter(finals)
@@ -153,7 +152,7 @@ class Traced:
         plan: Plan,
         cell: Cell,
         tensors: list[Tensor],
-        names: list[str],
+        weights: dict[str, Tensor],
         form: Form,
         state: State,
         *,
@@ -169,13 +168,12 @@ class Traced:
             resets = None if resets is None else resets & active
 
         def again(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return self._again(cell, tensors, names, form, plan, state, lengths, resets, reverse)
+            return self._again(cell, tensors, list(weights), form, plan, state, lengths, resets, reverse)
 
-        call = Call(plan, T, B, active, resets, reverse, again, lengths)
+        call = Call(plan, T, B, active, resets, reverse, again, lengths, together=True)
         y, *finals = run(call, tensors)
-        y = y.view(T, B, *y.shape[1:])
         if (record := recording()) is not None:
-            record.values = {name: value.reshape(T, B, *value.shape[1:]) for name, value in call.taps.items()}
+            record.values = dict(call.taps)
         if active is not None:
             y = torch.where(active.view(T, B, *[1] * (y.dim() - 2)), y, torch.zeros_like(y))
         rest = iter(finals)
@@ -322,32 +320,36 @@ class Traced:
         options = {"lengths": lengths, "resets": resets, "fresh": fresh, "reverse": reverse}
         lent = {f"cell.{name}": weight for name, weight in weights.items()}
         y, final = functional_call(over_time, lent, (x, begin, context), options, tie_weights=False)
-        return y.flatten(0, 1), *leaves(final)
+        return y, *leaves(final)
 
 
 class _Before:
-    """A call without context, and whether another one has the same plan: so the next one need not look for it."""
+    """A call without context, and whether another one has the same plan: so the next one need not look for it.
+
+    ``tensors`` are those of the call, ``began`` says whether it began with the fresh state.
+    """
 
     def __init__(
-        self, cell: Cell, x: Tensor, state: State, fresh: State, plan: Plan, weights: dict[str, Tensor], form: Form
+        self, cell: Cell, tensors: list[Tensor], plan: Plan, weights: dict[str, Tensor], form: Form, began: bool
     ) -> None:
-        self.cell, self.plan, self.weights, self.form = cell, plan, weights, form
+        self.cell, self.plan, self.weights, self.form, self.began = cell, plan, weights, form, began
         self.attributes = Attributes(cell)
-        self.looks = self._look(x, state, fresh)
+        self.looks = self._look(tensors)
 
-    def is_like(self, cell: Cell, x: Tensor, state: State, fresh: State) -> bool:
-        return (
-            cell is self.cell
-            and _is_usual(x)
-            and not self.attributes.changed()
-            and self._look(x, state, fresh) == self.looks
-        )
+    def tensors(self, cell: Cell, x: Tensor, state: State, fresh: State) -> list[Tensor] | None:
+        """The tensors of a call that has the same plan; None of any other."""
+        if cell is not self.cell or (state is fresh) != self.began or not _is_usual(x) or self.attributes.changed():
+            return None
+        begin = leaves(state)
+        tensors = [x, *self.weights.values(), *begin, *(begin if self.began else leaves(fresh))]
+        return tensors if self._look(tensors) == self.looks else None
 
-    def _look(self, x: Tensor, state: State, fresh: State) -> list[Any]:
-        began = leaves(state)
-        known = [(t.shape, t.dtype, t.device, t.requires_grad) for t in self.weights.values()]
-        known += [(t.shape[1:], t.dtype, t.device, t.requires_grad) for t in (*began, *leaves(fresh))]
-        return [torch.is_grad_enabled(), x.shape[2:], x.dtype, x.device, x.requires_grad, *known]
+    def _look(self, tensors: list[Tensor]) -> list[Any]:
+        x, count = tensors[0], 1 + len(self.weights)
+        looks = [torch.is_grad_enabled(), x.shape[2:], x.dtype, x.device, x.requires_grad]
+        looks += [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors[1:count]]
+        states = tensors[count : count + len(self.plan.step.old)] if self.began else tensors[count:]
+        return looks + [(t.shape[1:], t.dtype, t.device, t.requires_grad) for t in states]
 
 
 def _is_usual(x: Tensor) -> bool:

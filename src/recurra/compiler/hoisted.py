@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recurra.compiler.block import Block
 from recurra.compiler.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """One run of a plan: its sizes, which rows are active at which step, where rows begin afresh, the direction.
 
-    The forward pass leaves the values of the plan's taps (T * B, ...) in ``taps``.
+    The forward pass leaves the values of the plan's taps (T, B, ...) in ``taps``. Where ``together``, what it keeps
+    for the backward pass may lie in one tensor, and ``block`` then says where in it.
     """
 
     plan: Plan
@@ -31,7 +33,9 @@ class Call:
     reverse: bool
     again: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     lengths: Tensor | None = None
+    together: bool = False
     taps: dict[str, Tensor] = field(default_factory=dict)
+    block: Block | None = None
 
     @property
     def steps(self) -> range:
@@ -45,7 +49,9 @@ class Call:
 
         steps = span.stop - span.start
         lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, steps)
-        return replace(self, T=steps, active=cut(self.active), resets=cut(self.resets), lengths=lengths, taps={})
+        return replace(
+            self, T=steps, active=cut(self.active), resets=cut(self.resets), lengths=lengths, taps={}, block=None
+        )
 
     @cached_property
     def filled(self) -> tuple[Tensor, Tensor]:
@@ -67,16 +73,16 @@ class Call:
 
 
 def forward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """y (T * B, O), the final leaves, and what the backward pass takes."""
+    """y (T, B, O), the final leaves, and what the backward pass takes."""
     plan, step, x = call.plan, call.plan.step, tensors[0]
     count = len(tensors) - 2 * len(step.old)
-    rows = x.reshape(call.T * call.B, x.shape[2])
-    given = [*tensors[1:count], *step.constants.values(), *tensors[count:]]
-    results = _run(plan.ahead.function, x, call, rows, *given)
-    saved = 1 + len(step.taps)
-    finals = saved + len(plan.saved)
-    call.taps.update(zip(step.taps, results[1:saved], strict=True))
-    return results[0], list(results[finals:]), list(results[saved:finals])
+    given = [*tensors[:count], *step.constants.values(), *tensors[count:]]
+    results = _run(plan.ahead.whole.function, x, call, *given)
+    finals = 1 + len(step.taps)
+    saved = finals + len(step.old)
+    if step.taps:
+        call.taps.update(zip(step.taps, results[1:finals], strict=True))
+    return results[0], list(results[finals:saved]), [value for value in results[saved:] if value is not None]
 
 
 def backward(
@@ -90,13 +96,13 @@ def backward(
     plan, step, x = call.plan, call.plan.step, tensors[0]
     old = len(step.old)
     count = len(tensors) - 2 * old
-    rows = x.reshape(call.T * call.B, x.shape[2])
-    given = [rows, *tensors[1:count], *step.constants.values(), *saved]
+    kept = saved if call.block is None else call.block.gather(saved, len(plan.saved))
+    given = [*tensors[:count], *step.constants.values(), *kept]
     given += [] if step.y_gradient is None else [gradients[0]]
-    found = _run(plan.back.function, x, call, *given, *(gradients[1 + k] for k in plan.differentiated))
+    found = _run(plan.back.whole.function, x, call, *given, *(gradients[1 + k] for k in plan.differentiated))
     results: list[Tensor | None] = [None] * len(tensors)
     for place, gradient in zip(plan.places, found, strict=False):
-        results[place] = gradient.view(x.shape) if place == 0 else gradient
+        results[place] = gradient
     carried, ends = len(plan.wanted), len(plan.differentiated)
     for place, k in enumerate(plan.differentiated, carried):
         if k in plan.first:

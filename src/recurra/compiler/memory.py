@@ -27,7 +27,7 @@ _ROWS = 512
 
 
 def forward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """y (T * B, O), the final leaves, and what the backward pass takes."""
+    """y (T, B, O), the final leaves, and what the backward pass takes."""
     if call.plan.memory != "sqrt" or not call.plan.saved:
         return hoisted.forward(call, tensors)
     draws = bool(call.plan.analysis.draws)
@@ -39,8 +39,8 @@ def forward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]
     for span in parts_of(call.plan, call.T, call.B, call.reverse):
         kept += [torch.get_rng_state() if draws else torch.empty(0), *state]
         part = call.part(span)
-        rows, state, _ = hoisted.forward(part, [x[span], *inputs, *state, *fresh])
-        y = _filled(call, y, span, rows)
+        outputs, state, _ = hoisted.forward(part, [x[span], *inputs, *state, *fresh])
+        y = _filled(call, y, span, outputs)
         for name, value in part.taps.items():
             call.taps[name] = _filled(call, call.taps.get(name), span, value)
     assert y is not None
@@ -48,10 +48,10 @@ def forward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]
 
 
 def _filled(call: Call, whole: Tensor | None, span: slice, part: Tensor) -> Tensor:
-    """The values of all steps (T * B, ...), with those of some steps put in their place."""
+    """The values of all steps (T, B, ...), with those of some steps put in their place."""
     if whole is None:
-        whole = part.new_empty(call.T * call.B, *part.shape[1:])
-    whole[span.start * call.B : span.stop * call.B] = part
+        whole = part.new_empty(call.T, *part.shape[1:])
+    whole[span] = part
     return whole
 
 
@@ -71,6 +71,8 @@ def backward(
     count = 2 * len(plan.step.old)
     spans = parts_of(call.plan, call.T, call.B, call.reverse)
     if plan.memory == "recompute":
+        if call.block is not None:
+            saved = call.block.all(saved, len(plan.saved))
 
         def recall(number: int, part: Call, given: list[Tensor]) -> list[Tensor]:
             span = spans[number]
@@ -103,7 +105,6 @@ def _in_parts(
     count = len(call.plan.step.old)
     x, rest = tensors[0], list(tensors[1:])
     begin = 1 + len(rest) - 2 * count
-    y_gradient = gradients[0].unflatten(0, (call.T, call.B))
     carried = list(gradients[1:])
     total: list[Tensor | None] = [None] * len(tensors)
     total[0] = torch.empty_like(x) if wanted[0] else None
@@ -111,7 +112,7 @@ def _in_parts(
     for number in reversed(range(len(spans))):
         span, part = spans[number], call.part(spans[number])
         given = [x[span], *rest]
-        incoming = [y_gradient[span].flatten(0, 1), *carried]
+        incoming = [gradients[0][span], *carried]
         found = hoisted.backward(part, given, recall(number, part, given), incoming, needed)
         if total[0] is not None:
             total[0][span] = 0 if found[0] is None else found[0]

@@ -40,7 +40,7 @@ class NativeLoop:
         self.compiled, self.lowered, self.rows = compiled, lowered, rows
         self.dtype: torch.dtype = lowered.carries[0].meta["val"].dtype
         self.program, self.kept = _kept(lowered)
-        self._kernels: dict[bool, Kernel] = {}
+        self._kernels: dict[tuple[bool, frozenset[int]], Kernel] = {}
         self.needs = (*lowered.inputs, *lowered.rows, *lowered.vectors, *lowered.matrices)
         self.gives = tuple(kept.node for kept in self.kept)
         # An output that is an old carry as well has one step more, for the first state.
@@ -56,12 +56,17 @@ class NativeLoop:
         """The native code that there is by now."""
         return [*self._kernels.values()]
 
-    def kernel(self, every_state: bool = False) -> Kernel:
-        """The native code; with ``every_state`` it keeps the new carries of all steps, after the other outputs."""
-        if every_state not in self._kernels:
-            program = _with_states(self.program) if every_state else self.program
-            self._kernels[every_state] = kernel_for(program, str(self.dtype).removeprefix("torch."))
-        return self._kernels[every_state]
+    def kernel(self, every_state: bool = False, summed: frozenset[int] = frozenset()) -> Kernel:
+        """The native code; with ``every_state`` it keeps the new carries of all steps, after the other outputs.
+
+        ``summed`` are outputs that it keeps the sums over all steps of, as carries behind the others.
+        """
+        key = every_state, summed
+        if key not in self._kernels:
+            program = _summed(self.program, summed)
+            program = _with_states(program) if every_state else program
+            self._kernels[key] = kernel_for(program, str(self.dtype).removeprefix("torch."))
+        return self._kernels[key]
 
     def forward(
         self, call: Any, operands: Sequence[Tensor], state: Sequence[Tensor], fresh: Sequence[Tensor]
@@ -224,6 +229,18 @@ def _kept(lowered: Lowered) -> tuple[Program, tuple[_Kept, ...]]:
     needed = list(dict.fromkeys(place for _, place, _ in kept))
     program = replace(program, outputs=tuple(needed))
     return program, tuple(_Kept(node, needed.index(place), carry) for node, place, carry in kept)
+
+
+def _summed(program: Program, outputs: frozenset[int]) -> Program:
+    """The program that adds these outputs up instead of keeping each step's."""
+    nodes, carries, new = [*program.nodes], [*program.carries], [*program.new]
+    for place in (program.outputs[k] for k in sorted(outputs)):
+        width = nodes[place].width
+        nodes += [Node(Op.CARRY, (), width, index=len(carries)), Node(Op.ADD, (len(nodes), place), width)]
+        carries.append(width)
+        new.append(len(nodes) - 1)
+    rest = tuple(place for k, place in enumerate(program.outputs) if k not in outputs)
+    return replace(program, nodes=tuple(nodes), carries=tuple(carries), outputs=rest, new=tuple(new))
 
 
 def _with_states(program: Program) -> Program:

@@ -89,7 +89,7 @@ class Site:
         """y, the final leaves and what is saved, without numbers: the shapes that ``forward`` gives."""
         step = self.plan.step
         T, B = tensors[0].shape[:2]
-        sizes = [_size(step.y, 0, T * B), *(_size(old, 0, B) for old in step.old)]
+        sizes = [[T, B, *step.y.meta["val"].shape[1:]], *(_size(old, 0, B) for old in step.old)]
         likes: list[fx.Node | None] = [step.y, *step.old]
         if self.plan.memory == "sqrt" and self.plan.saved:
             for _ in memory.parts_of(self.plan, int(T), 1, False):
@@ -259,7 +259,7 @@ def run(
     reverse: bool,
     differentiable: tuple[bool, ...],
 ) -> list[Tensor]:
-    """As ``recurra.compiler.autograd.run``: y (T * B, O) and the leaves of the final state."""
+    """As ``recurra.compiler.autograd.run``: y (T, B, O) and the leaves of the final state."""
     over_time = torch.ops.recurra.over_time_drawing if site.startswith(_DRAWING) else torch.ops.recurra.over_time
     results: list[Tensor] = over_time(site, tensors, lengths, resets, reverse)
     return [r if depends else r.detach() for r, depends in zip(results, differentiable, strict=False)]

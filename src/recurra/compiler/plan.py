@@ -5,20 +5,19 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from recurra.compiler.assemble import Ends, assemble
+from recurra.compiler.assemble import Assembled, Ends, assemble
 from recurra.compiler.fuse import absorb
 from recurra.compiler.listing import listing
 from recurra.compiler.rows import find_rows_of_nodes
-from recurra.compiler.schedule import BATCHED, LOOP, ONCE, SUMMED, Problem, Stage, schedule
+from recurra.compiler.schedule import BATCHED, ONCE, SUMMED, Problem, Stage, schedule
 from recurra.compiler.stages import ROWS, Backend, Compiled, build
 from recurra.compiler.trace import Step, draws
 
@@ -90,11 +89,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Pass:
-    """One direction: its stages, the carries (from, to), and all of it as a function, see ``assemble``."""
+    """One direction: its stages, the carries (from, to), and all of it as a function."""
 
     stages: list[Compiled]
     carries: Carries
-    function: Callable[..., tuple[Any, ...]]
+    whole: Assembled
 
 
 class Plan:
@@ -139,9 +138,10 @@ class Plan:
         incoming = [] if step.y_gradient is None else [step.y_gradient]
         # Where the gradients go, among the tensors of a call.
         self.places = [given.index(node) for node in self.wanted]
-        self.back = self._pass(stages, carries, forms, [*given, *self.saved, *incoming], kinds, backward=True)
+        asked = [k in self.first for k in self.differentiated]
+        self.back = self._pass(stages, carries, forms, [*given, *self.saved, *incoming], kinds, asked)
         carries, kinds, stages, forms = self._plan_forward()
-        self.ahead = self._pass(stages, carries, forms, given, kinds)
+        self.ahead = self._pass(stages, carries, forms, given, kinds, [True] * len(carries), self.back.whole)
 
     @cached_property
     def differentiable(self) -> tuple[bool, ...]:
@@ -163,19 +163,19 @@ class Plan:
     def _plan_forward(self) -> _Planned:
         analysis, step = self.analysis, self.step
         carries = list(zip(step.old, step.new, strict=True))
-        kinds = [(node, BATCHED) for node in (step.y, *step.taps.values())] + [(node, LOOP) for node in self.saved]
+        kinds = [(node, BATCHED) for node in (step.y, *step.taps.values())]
         problem = Problem(
             order=[node for node in analysis.order if node in analysis.forward or node in step.old],
             operands=analysis.operands,
             carries=carries,
-            outputs=[node for node, _ in kinds],
+            outputs=[*(node for node, _ in kinds), *self.saved],
             finals=range(len(carries)),
             inputs=frozenset([step.x, *analysis.inputs]),
             varying=frozenset([step.x, *analysis.draws]),
             part_of={part: of for part, of in analysis.part_of.items() if part in analysis.forward},
         )
         forms = dict.fromkeys(analysis.inputs, ONCE) | {step.x: ROWS}
-        return carries, kinds, *self._build(schedule(problem), carries, forms, kinds)
+        return carries, kinds, *self._build(schedule(problem), carries, forms, problem.outputs)
 
     def _cheap(self, planned: _Planned) -> frozenset[fx.Node]:
         """What native loops would read from memory, and calculate sooner of other things that they read."""
@@ -230,14 +230,13 @@ class Plan:
             part_of={part: of for part, of in analysis.part_of.items() if part not in inputs},
         )
         kinds = [(gradient, BATCHED if n is step.x else SUMMED) for n, gradient in self.wanted.items()]
-        return carries, kinds, *self._build(schedule(problem), carries, forms, kinds)
+        return carries, kinds, *self._build(schedule(problem), carries, forms, [node for node, _ in kinds])
 
     def _build(
-        self, stages: list[Stage[fx.Node]], carries: Carries, forms: dict[fx.Node, str], ends: Ends
+        self, stages: list[Stage[fx.Node]], carries: Carries, forms: dict[fx.Node, str], wanted: Sequence[fx.Node]
     ) -> tuple[list[Compiled], dict[fx.Node, str]]:
         """The stages as they will be run, and the form of every value."""
         rows, backend = self.analysis.rows, self.backend
-        wanted = [node for node, _ in ends]
         if backend is not None:
             fused = absorb(stages, rows, [*forms, *(old for old, _ in carries)])
             found = dict(forms)
@@ -254,10 +253,12 @@ class Plan:
         forms: dict[fx.Node, str],
         given: Sequence[fx.Node],
         ends: Ends,
-        backward: bool = False,
+        asked: Sequence[bool],
+        backward: Assembled | None = None,
     ) -> Pass:
-        function = assemble(stages, self.analysis.rows, forms, given, len(carries), ends, self.backend, backward)
-        return Pass(stages, carries, function)
+        rows = self.analysis.rows
+        whole = assemble(stages, rows, forms, given, asked, ends, self.saved, self.backend, backward)
+        return Pass(stages, carries, whole)
 
     @cached_property
     def fills(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from math import prod
+from math import inf, prod
 from weakref import ref
 
 import numpy as np
@@ -45,13 +45,17 @@ class Pool:
         self._lent: dict[int, tuple[ref[np.ndarray], int]] = {}
         self._given = self._most = 0
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """As ``torch.empty``, for float32 and float64 on the CPU."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, brief: bool = False) -> Tensor:
+        """As ``torch.empty``, for float32 and float64 on the CPU.
+
+        What is held for a ``brief`` time only may have memory that is much larger: two passes whose values differ in
+        size would else take turns in having each other's memory given up.
+        """
         size = prod(shape) * dtype.itemsize
         if size < LEAST:
             return torch.empty(shape, dtype=dtype)
         self._given += 1
-        block = self._pop(size) or self._near(size) or self._new(size)
+        block = self._pop(size) or self._near(size, inf if brief else SPARE * size) or self._new(size)
         lent = block.memory[:size].view(_NUMPY[dtype]).reshape(shape)
         key = id(lent)
 
@@ -80,9 +84,9 @@ class Pool:
         except (KeyError, IndexError):
             return None
 
-    def _near(self, size: int) -> Block | None:
-        """A block that is a little too large."""
-        fitting = [each for each, blocks in [*self._free.items()] if blocks and size <= each <= SPARE * size]
+    def _near(self, size: int, most: float) -> Block | None:
+        """A block that is too large, but no larger than that."""
+        fitting = [each for each, blocks in [*self._free.items()] if blocks and size <= each <= most]
         return self._pop(min(fitting)) if fitting else None
 
     def _new(self, size: int) -> Block:

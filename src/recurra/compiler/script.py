@@ -16,18 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from recurra.compiler.block import Block
 from recurra.compiler.llvm import gemm
 from recurra.compiler.llvm.divide import HEADER, TABLE
 from recurra.compiler.llvm.gemm_emit import PRODUCT, SUMS, WORDS
-from recurra.compiler.llvm.kernel import give_way
-from recurra.compiler.llvm.sequence import CALL, COPY, calls, team
+from recurra.compiler.llvm.kernel import Kernel, give_way
+from recurra.compiler.llvm.sequence import CALL, COPY, ZEROS, calls, team
 from recurra.compiler.native import NativeLoop
+from recurra.compiler.places import Place, Total, Value, moved, strides_of
+from recurra.compiler.pool import LEAST
 
 # Bytes of all values above which a call is long, and memory is better given back on the way.
 MOST = 1 << 26
+# Bytes between two values in one piece of memory: at multiples of a page they would fall into the same cache lines.
+_APART = 320
 _TURNS = {torch.permute, torch.t}
 _SIZES = {getattr, operator.mul}
 _LINE = 8
+# What a room has, before the workspaces of the loops.
+ROOM = "words", "memory", "scratch"
 
 
 class Unfit(Exception):
@@ -35,58 +42,46 @@ class Unfit(Exception):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where something lies: in which tensor or memory of the call, and how many bytes from its beginning."""
-
-    kind: str
-    index: int
-    skip: int = 0
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A tensor whose numbers are at a place; strides count numbers."""
-
-    place: _Place
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def contiguous(self) -> bool:
-        return self.strides == _strides(self.shape)
-
-
-@dataclass(frozen=True)
 class Script:
-    """A call of one size: its words, where in them is the address of what, how large its values are, which parts of
-    them are the results, and what memory it works in."""
+    """A call of one size: its words, and where in them is the address of what: of memory that ``fixed`` has for all
+    calls in the same room, or of tensors (``slots``). ``shapes`` are those of the tensors that it makes, ``results``
+    which of them are the results, ``block`` what is in the one of all that is kept. What nobody sees takes ``scratch``
+    numbers of the room, or if they are many ``spare`` ones of a tensor behind all others."""
 
     words: np.ndarray
+    fixed: tuple[tuple[int, int, int], ...]
     slots: tuple[tuple[int, int, int], ...]
     shapes: tuple[tuple[int, ...], ...]
-    results: tuple[tuple[int, int, int] | None, ...]
-    loops: tuple[NativeLoop, ...]
+    results: tuple[int | None, ...]
+    block: Block | None
+    loops: tuple[Kernel, ...]
     members: int
+    scratch: int
+    spare: int
 
 
 class Writer:
-    """A script on its way: the operations of a segment, on places instead of tensors."""
+    """A script on its way: the operations of a segment, on places instead of tensors. ``kept`` has the number of every
+    result that may lie in one tensor with others, None for what is the caller's."""
 
     def __init__(
-        self, graph: fx.Graph, sums: Callable[..., Tensor], dtype: torch.dtype, call: Any, given: Sequence[Tensor]
+        self,
+        graph: fx.Graph,
+        sums: Callable[..., Tensor],
+        dtype: torch.dtype,
+        call: Any,
+        given: Sequence[Value],
+        kept: Sequence[int | None],
     ) -> None:
-        self.graph, self.sums, self.call = graph, sums, call
+        self.graph, self.sums, self.call, self.given, self.kept = graph, sums, call, given, kept
         self.products = gemm.products(dtype)
         self.itemsize = dtype.itemsize
         self.threads = torch.get_num_threads()
-        self.given = [_Value(_Place("given", k), tuple(t.shape), _strides(t.shape)) for k, t in enumerate(given)]
         self.shapes: list[tuple[int, ...]] = []
         self.words: list[int] = []
-        self.slots: list[tuple[int, _Place]] = []
+        self.slots: list[tuple[int, Place]] = []
         self.list: list[tuple[int, int, int]] = []
-        self.loops: list[NativeLoop] = []
-        # What is taken by a later call of the same list.
-        self.taken: set[_Place] = set()
+        self.loops: list[Kernel] = []
         self.members = 1
 
     def run(self) -> Script:
@@ -99,33 +94,38 @@ class Writer:
             elif node.op == "output":
                 return self.finish(args[0])
             else:
-                env[node] = self.operation(node.target, args, node.kwargs)
+                env[node] = self.operation(node, args)
         raise AssertionError("a graph ends with its output")
 
-    def operation(self, target: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def operation(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        target: Any = node.target
         loop = getattr(target, "__self__", None)
         if isinstance(loop, NativeLoop):
-            return self.forward(loop, *args[1:]) if target.__name__ == "forward" else self.backward(loop, *args[1:])
+            if target.__name__ == "forward":
+                return self.forward(loop, *args[1:])
+            return self.backward(loop, self.summed(node, loop), *args[1:])
         if target in _SIZES or target is operator.getitem:
             return target(*args)
-        if named:
+        if node.kwargs:
             raise Unfit
         if target in _TURNS:
             (value, *_) = args
             if len(value.shape) != 2 or args[1:] not in ((), ([1, 0],)):
                 raise Unfit
-            return _Value(value.place, value.shape[::-1], value.strides[::-1])
+            return Value(value.place, value.shape[::-1], value.strides[::-1])
         if target is torch.reshape:
             value, shape = args
             if not value.contiguous or -1 in shape:
                 raise Unfit
-            return _Value(value.place, tuple(shape), _strides(shape))
+            return Value(value.place, tuple(shape), strides_of(shape))
         if target is gemm.mm:
             return self.product(None, *args)
         if target is gemm.addmm:
             return self.product(*args)
         if target is self.sums:
             value, T, axis, apart = args
+            if isinstance(value, Total):
+                return value.value
             if not value.contiguous or axis or apart != 1:
                 raise Unfit
             shape = (value.shape[0] // T, *value.shape[1:])
@@ -140,7 +140,7 @@ class Writer:
 
     # What is called
 
-    def product(self, start: _Value | None, a: _Value, b: _Value) -> _Value:
+    def product(self, start: Value | None, a: Value, b: Value) -> Value:
         (M, K), N = a.shape, b.shape[1]
         if self.products.lanes > N or 1 not in b.strides or K == 0:
             raise Unfit
@@ -151,7 +151,6 @@ class Writer:
             row, column = start.strides
         if column != 1 or (start is not None and start.shape not in ((N,), (M, N))):
             raise Unfit
-        self.taken.update([a.place, b.place])
         down, across = gemm.grid(M, -(-N // self.products.lanes), self.threads if M * K * N >= gemm.WAKE else 1)
         c = self.value((M, N))
         numbers = {
@@ -170,7 +169,7 @@ class Writer:
             "column_parts": across,
             "apart": self.products.memory,
         }
-        places = {"a": a.place, "b": b.place, "c": c.place, "memory": _Place("room", 1)}
+        places = {"a": a.place, "b": b.place, "c": c.place, "memory": Place("room", ROOM.index("memory"))}
         if start is not None:
             places["start"] = start.place
         words = [numbers.get(name, 0) for name in PRODUCT]
@@ -182,11 +181,10 @@ class Writer:
         )
         return c
 
-    def total(self, value: _Value, R: int, shape: tuple[int, ...]) -> _Value:
+    def total(self, value: Value, R: int, shape: tuple[int, ...]) -> Value:
         D = prod(shape)
         if self.products.lanes > D:
             raise Unfit
-        self.taken.add(value.place)
         out = self.value(shape)
         parts = min(self.threads, -(-D // self.products.lanes)) if R * D >= gemm.LEAST_SUMS else 1
         numbers = {"R": R, "D": D, "a_row": D, "parts": parts}
@@ -195,12 +193,12 @@ class Writer:
         self.add(self.products.addresses[1], words + [0] * (WORDS - len(words)), places, parts)
         return out
 
-    def copy(self, source: _Place, target: _Place, numbers: int) -> None:
+    def copy(self, source: Place, target: Place, numbers: int) -> None:
         self.add(calls().copy, [0] * (COPY - 1) + [numbers * self.itemsize], {0: source, 1: target}, 1)
 
     def forward(
-        self, loop: NativeLoop, operands: Sequence[_Value], state: Sequence[_Value], fresh: Sequence[_Value]
-    ) -> list[_Value]:
+        self, loop: NativeLoop, operands: Sequence[Value], state: Sequence[Value], fresh: Sequence[Value]
+    ) -> list[Value]:
         T, B, reverse = self.call.T, self.call.B, self.call.reverse
         last, outputs = self.loop(loop, operands, state, reverse, loop.both)
         for kept in loop.kept:
@@ -211,54 +209,79 @@ class Writer:
                 first = T * size if reverse else 0
                 old = kept.carry is not None
                 if kept.carry is not None:
-                    self.copy(state[kept.carry].place, _moved(value, first).place, B * width)
+                    self.copy(state[kept.carry].place, moved(value, first).place, B * width)
                 begin = size if old == reverse else 0
-                value = _Value(_moved(value, begin).place, (T * B, width), value.strides)
+                value = Value(moved(value, begin).place, (T * B, width), value.strides)
             last.append(value)
         return last
 
-    def backward(self, loop: NativeLoop, operands: Sequence[_Value], gradient: Sequence[_Value]) -> list[Any]:
-        first, outputs = self.loop(loop, operands, gradient, not self.call.reverse, set())
+    def backward(
+        self, loop: NativeLoop, summed: frozenset[int], operands: Sequence[Value], gradient: Sequence[Value]
+    ) -> list[Any]:
+        first, outputs = self.loop(loop, operands, gradient, not self.call.reverse, set(), summed)
         return [*first, *[None] * len(first), *(outputs[kept.output] for kept in loop.kept)]
 
+    def summed(self, node: fx.Node, loop: NativeLoop) -> frozenset[int]:
+        """The outputs of a backward loop of which only the sum over the steps is taken."""
+        begin = 2 * len(loop.program.carries)
+        parts = {part.args[1]: part for part in node.users}
+        taken = [(kept.output, parts.get(begin + k)) for k, kept in enumerate(loop.kept)]
+        users = [(output, user) for output, part in taken if part is not None for user in part.users]
+        others = {output for output, user in users if user.target is not self.sums or user.args[2:] != (0, 1)}
+        return frozenset(output for output, _ in users) - others
+
     def loop(
-        self, loop: NativeLoop, operands: Sequence[_Value], state: Sequence[_Value], reverse: bool, both: set[int]
-    ) -> tuple[list[_Value], list[_Value]]:
-        """The last state, and the outputs; those in ``both`` have room for one step more."""
-        kernel, T, B = loop.kernel(), self.call.T, self.call.B
+        self,
+        loop: NativeLoop,
+        operands: Sequence[Value],
+        state: Sequence[Value],
+        reverse: bool,
+        both: set[int],
+        summed: frozenset[int] = frozenset(),
+    ) -> tuple[list[Value], dict[int, Any]]:
+        """The last state, and the outputs; those in ``both`` have room for one step more, and of those ``summed`` there
+        is the sum."""
+        kernel, T, B = loop.kernel(summed=summed), self.call.T, self.call.B
         if not loop.is_plain or not all(value.contiguous for value in (*operands, *state)):
             raise Unfit
-        self.taken.update(value.place for value in operands)
         last = [self.value(leaf.shape) for leaf in state]
         for begin, end in zip(state, last, strict=True):
             self.copy(begin.place, end.place, prod(begin.shape))
-        outputs = [self.value(((T + (k in both)) * B, width)) for k, width in enumerate(loop.widths)]
-        skip = [B * width * self.itemsize if k in both and not reverse else 0 for k, width in enumerate(loop.widths)]
+        totals = {k: self.zeros((B, loop.widths[k])) for k in sorted(summed)}
+        widths = {k: width for k, width in enumerate(loop.widths) if k not in totals}
+        outputs = {k: self.value(((T + (k in both)) * B, width)) for k, width in widths.items()}
+        skip = {k: B * width * self.itemsize if k in both and not reverse else 0 for k, width in widths.items()}
+        carried = [*last, *totals.values()]
         parts, members = kernel.divide(T, B, self.threads)
-        place = 2 + 3 * len(self.loops)
-        self.loops.append(loop)
-        table: list[int | _Place] = [
+        place = len(ROOM) + 3 * len(self.loops)
+        self.loops.append(kernel)
+        table: list[int | Place] = [
             *(value.place for value in operands),
             *kernel.strides,
-            *(value.place for value in last),
-            *[0] * len(last),
-            *(_moved(value, each).place for value, each in zip(outputs, skip, strict=True)),
+            *(value.place for value in carried),
+            *[0] * len(carried),
+            *(moved(value, skip[k]).place for k, value in outputs.items()),
             *(0, 0),
-            *(_Place("room", place + each) for each in range(3)),
+            *(Place("room", place + each) for each in range(3)),
         ]
         header = (T, B, int(reverse), kernel.layout.units, parts, members, give_way())
-        words = [*header, *[0] * (TABLE - len(HEADER)), *(0 if isinstance(each, _Place) else each for each in table)]
-        places = {TABLE + k: each for k, each in enumerate(table) if isinstance(each, _Place)}
+        words = [*header, *[0] * (TABLE - len(HEADER)), *(0 if isinstance(each, Place) else each for each in table)]
+        places = {TABLE + k: each for k, each in enumerate(table) if isinstance(each, Place)}
         self.add(kernel.address, words + [0] * (kernel.claims + members * _LINE - len(words)), places, members)
-        return last, outputs
+        return last, {**outputs, **{k: Total(value) for k, value in totals.items()}}
 
     # What there is by then
 
-    def value(self, shape: tuple[int, ...]) -> _Value:
+    def value(self, shape: tuple[int, ...]) -> Value:
         self.shapes.append(shape)
-        return _Value(_Place("value", len(self.shapes) - 1), shape, _strides(shape))
+        return Value(Place("value", len(self.shapes) - 1), shape, strides_of(shape))
 
-    def add(self, function: int, words: Sequence[int], places: dict[int, _Place], members: int) -> None:
+    def zeros(self, shape: tuple[int, ...]) -> Value:
+        value = self.value(shape)
+        self.add(calls().zeros, [0] * (ZEROS - 1) + [prod(shape) * self.itemsize], {0: value.place}, 1)
+        return value
+
+    def add(self, function: int, words: Sequence[int], places: dict[int, Place], members: int) -> None:
         self.words += [0] * (-len(self.words) % _LINE)
         begin = len(self.words)
         self.words += words
@@ -266,60 +289,88 @@ class Writer:
         self.list.append((function, begin, members))
         self.members = max(self.members, members)
 
-    def alone(self, result: _Value, results: Sequence[Any]) -> _Value:
-        """A result for the caller that shares its memory with none that is kept: what is written on it is its own."""
+    def alone(self, result: Value, rest: list[Value]) -> Value:
+        """A result for the caller that shares its memory with none of the rest: what is written on it is its own."""
+        rest.remove(result)
         index = result.place.index
-        others = [other for other in results if other is not None and other is not result]
-        first = result.place.skip == 0
-        # Of old and new values the new ones are shown, and nobody else takes them.
-        is_new = result.shape != self.shapes[index] and first == self.call.reverse
-        if is_new and result.place not in self.taken and any(other.place.index == index for other in others):
-            whole = self.value(result.shape)
-            self.copy(result.place, whole.place, prod(result.shape))
-            return whole
-        return result
+        if prod(result.shape) == prod(self.shapes[index]) and all(other.place.index != index for other in rest):
+            return result
+        whole = self.value(result.shape)
+        self.copy(result.place, whole.place, prod(result.shape))
+        return whole
 
-    def finish(self, results: Sequence[Any]) -> Script:
-        results = [None if result is None else self.alone(result, results) for result in results]
+    def finish(self, found: Sequence[Value | None]) -> Script:
         if self.members > 1 and not team():
             raise Unfit
+        rest = [result for result in found if result is not None]
+        results = [
+            self.alone(result, rest) if result is not None and number is None else result
+            for result, number in zip(found, self.kept, strict=True)
+        ]
         if sum(map(prod, self.shapes)) * self.itemsize > MOST:
             raise Unfit
+        pairs = [(result, number) for result, number in zip(results, self.kept, strict=True) if result is not None]
+        together = {result.place.index for result, number in pairs if number is not None}
+        alone = [result.place.index for result, number in pairs if number is None]
+        shapes = [result.shape for result, _ in pairs if result.place.index in alone]
+        places = {index: (k, 0) for k, index in enumerate(alone)}
+        block = None
+        if together:
+            size = self.pack(together, len(shapes), places)
+            block = Block(
+                {
+                    number: (places[result.place.index][1] + result.place.skip // self.itemsize, result.shape)
+                    for result, number in pairs
+                    if number is not None
+                }
+            )
+            shapes.append((size,))
+        # What nobody sees. Large memory is better given back.
+        scratch = self.pack({*range(len(self.shapes))}.difference(together, alone), len(shapes), places)
+        held = scratch * self.itemsize < LEAST
         size = 2 + CALL * len(self.list)
         size += -size % _LINE
         head = [len(self.list), team()]
-        slots = [(at + size, place) for at, place in self.slots]
+        fixed, slots = [], []
         for function, begin, members in self.list:
-            slots.append((len(head) + 1, _Place("room", 0, (size + begin) * 8)))
+            fixed.append((len(head) + 1, 0, (size + begin) * 8))
             head += [function, 0, members]
-        words = np.array([*head, *[0] * (size - len(head)), *self.words], np.int64)
-        room = 2 + 3 * len(self.loops)
-        before = {"room": 0, "given": room, "value": room + len(self.given)}
-        found: list[tuple[int, int, int] | None] = []
-        for result in results:
-            if result is None:
-                found.append(None)
-                continue
-            index, skip, whole = result.place.index, result.place.skip, self.shapes[result.place.index]
-            if whole == result.shape:
-                found.append((index, -1, 0))
+        for at, place in self.slots:
+            if place.kind == "room":
+                fixed.append((at + size, place.index, place.skip))
+            elif place.kind == "given":
+                slots.append((at + size, place.index, place.skip))
             else:
-                row = skip // (prod(whole[1:]) * self.itemsize)
-                found.append((index, row, row + result.shape[0]))
+                index, begin = places[place.index]
+                skip = begin * self.itemsize + place.skip
+                if index == len(shapes) and held:
+                    fixed.append((at + size, ROOM.index("scratch"), skip))
+                else:
+                    slots.append((at + size, len(self.given) + index, skip))
+        ends: list[int | None] = []
+        for result, number in zip(results, self.kept, strict=True):
+            if result is None or (number is not None and block is not None and number != block.first):
+                ends.append(None)
+            else:
+                ends.append(places[result.place.index][0])
+        words = np.array([*head, *[0] * (size - len(head)), *self.words], np.int64)
         return Script(
             words,
-            tuple((at, before[place.kind] + place.index, place.skip) for at, place in slots),
-            tuple(self.shapes),
-            tuple(found),
+            tuple(fixed),
+            tuple(slots),
+            tuple(shapes),
+            tuple(ends),
+            block,
             tuple(self.loops),
             self.members,
+            *((scratch, 0) if held else (0, scratch)),
         )
 
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
-
-
-def _moved(value: _Value, skip: int) -> _Value:
-    place = value.place
-    return _Value(_Place(place.kind, place.index, place.skip + skip), value.shape, value.strides)
+    def pack(self, values: set[int], into: int, places: dict[int, tuple[int, int]]) -> int:
+        """Lays values into one tensor, number ``into``, one behind the other; gives its size."""
+        size = 0
+        for index in sorted(values):
+            places[index] = into, size
+            size += prod(self.shapes[index]) + _APART // self.itemsize
+            size += -size % (64 // self.itemsize)
+        return size

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from recurra.compiler.llvm import gemm
 from recurra.compiler.llvm.kernel import aligned_empty
 from recurra.compiler.llvm.sequence import calls
+from recurra.compiler.places import given_values
 from recurra.compiler.pool import POOL
 from recurra.compiler.script import Script, Unfit, Writer
 
@@ -26,34 +27,53 @@ _KEPT = 64
 
 
 class _Room:
-    """Memory that one call at a time works in."""
+    """Memory that one call at a time works in, and the words of the script that it was last used for."""
 
     def __init__(self, script: Script, B: int, apart: int, dtype: Any) -> None:
-        self.B, self.members = B, script.members
+        self.B, self.members, self.scratch = B, script.members, script.scratch
         self.words = aligned_empty(2 * len(script.words), np.dtype(np.int64))
-        self.memory = aligned_empty(apart * script.members, dtype)
-        self.spaces = [loop.kernel().workspace(B, script.members) for loop in script.loops]
-        own = (self.words.ctypes.data, self.memory.ctypes.data)
-        self.addresses = [*own, *(address for space in self.spaces for address in space.addresses)]
+        self.memory = [aligned_empty(size, dtype) for size in (apart * script.members, script.scratch)]
+        self.spaces = [loop.workspace(B, script.members) for loop in script.loops]
+        self.addresses = [array.ctypes.data for array in (self.words, *self.memory)]
+        self.addresses += [address for space in self.spaces for address in space.addresses]
+        self.script: Script | None = None
 
     def fits(self, script: Script, B: int) -> bool:
-        return self.B >= B and self.members >= script.members and len(self.words) >= len(script.words)
+        enough = self.B >= B and self.members >= script.members and self.scratch >= script.scratch
+        return enough and len(self.words) >= len(script.words)
+
+    def take(self, script: Script) -> None:
+        """Writes what all calls of a script have in common."""
+        self.script, self.common = script, script.words.copy().data
+        for at, which, skip in script.fixed:
+            self.common[at] = self.addresses[which] + skip
+        self.own = self.words[: len(script.words)].data
 
 
 class Segment:
     """Some of the operations of a pass. ``graph`` has them as they are called one by one, ``sums`` is what sums over
-    the steps in it."""
+    the steps in it. ``given`` and ``kept`` have for every input and every result its number among all that a forward
+    pass keeps, where it may lie in one tensor with others."""
 
-    def __init__(self, graph: fx.Graph, sums: Callable[..., Tensor], dtype: torch.dtype) -> None:
-        self.graph, self.sums, self.dtype = graph, sums, dtype
+    def __init__(
+        self,
+        graph: fx.Graph,
+        sums: Callable[..., Tensor],
+        dtype: torch.dtype,
+        given: Sequence[int | None],
+        kept: Sequence[int | None],
+    ) -> None:
+        self.graph, self.sums, self.dtype, self.given, self.kept = graph, sums, dtype, given, kept
         self.one_by_one = fx.GraphModule(nn.Module(), graph).forward
         self._scripts: dict[tuple[Any, ...], Script | None] = {}
         self._idle: list[_Room] = []
 
-    def run(self, call: Any, *given: Tensor) -> Sequence[Tensor | None]:
+    def run(self, call: Any, *given: Any) -> Sequence[Tensor | None]:
+        """The results. Where ``call.together``, the one tensor of all that is kept stands for the first of it, None for
+        the rest, and ``call.block`` says what lies where."""
         if call.lengths is not None or call.resets is not None:
             return self.one_by_one(call, *given)  # type: ignore[no-any-return]
-        key = (call.T, call.B, call.reverse, torch.get_num_threads())
+        key = (call.T, call.B, call.reverse, torch.get_num_threads(), call.together, call.block)
         try:
             script = self._scripts[key]
         except KeyError:
@@ -61,29 +81,40 @@ class Segment:
             while len(self._scripts) > _KEPT:
                 self._scripts.pop(next(iter(self._scripts)))
         if script is None:
+            given = given if call.block is None else call.block.apart(given, self.given)
             return self.one_by_one(call, *given)  # type: ignore[no-any-return]
-        dtype = self.dtype
-        # As long as these are there, their memory is.
-        given = tuple([t if t.is_contiguous() and not t.is_neg() else t.resolve_neg().contiguous() for t in given])
-        values = [POOL.empty(shape, dtype) for shape in script.shapes]
+        addresses, alive = [], []
+        for tensor in given:
+            if tensor is None:
+                addresses.append(0)
+                continue
+            if not tensor.is_contiguous() or tensor.is_neg():
+                tensor = tensor.resolve_neg().contiguous()
+                # As long as it is there, its memory is.
+                alive.append(tensor)
+            addresses.append(tensor.data_ptr())
+        values = [POOL.empty(shape, self.dtype) for shape in script.shapes]
+        if script.spare:
+            values.append(POOL.empty((script.spare,), self.dtype, brief=True))
+        addresses += [value.data_ptr() for value in values]
         room = self._room(script, call.B)
-        addresses = [*room.addresses, *[tensor.data_ptr() for tensor in given], *[value.data_ptr() for value in values]]
-        words = room.words.data
-        words[: len(script.words)] = script.words.data
+        words = room.own
+        words[:] = room.common
         for at, which, skip in script.slots:
             words[at] = addresses[which] + skip
-        calls().run(addresses[0])
+        calls().run(room.addresses[0])
         self._idle.append(room)
-        return [
-            None if part is None else values[part[0]] if part[1] < 0 else values[part[0]][part[1] : part[2]]
-            for part in script.results
-        ]
+        if script.block is not None:
+            call.block = script.block
+        return [None if index is None else values[index] for index in script.results]
 
-    def _script(self, call: Any, given: Sequence[Tensor]) -> Script | None:
-        if call.T * call.B == 0 or any(tensor.dtype is not self.dtype for tensor in given):
+    def _script(self, call: Any, given: Sequence[Any]) -> Script | None:
+        if call.T * call.B == 0 or any(tensor is not None and tensor.dtype is not self.dtype for tensor in given):
             return None
+        kept = self.kept if call.together else [None] * len(self.kept)
+        values = given_values(call.block, given, self.given, self.dtype.itemsize)
         try:
-            return Writer(self.graph, self.sums, self.dtype, call, given).run()
+            return Writer(self.graph, self.sums, self.dtype, call, values, kept).run()
         except Unfit:
             return None
 
@@ -95,4 +126,6 @@ class Segment:
         if room is None or not room.fits(script, B):
             products = gemm.products(self.dtype)
             room = _Room(script, B, products.memory, products.numpy)
+        if room.script is not script:
+            room.take(script)
         return room

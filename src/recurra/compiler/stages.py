@@ -126,8 +126,14 @@ class Backend(Protocol):
 
     functions: Functions
 
-    def join(self, graph: fx.Graph, sums: Callable[..., Tensor], /) -> fx.Graph:
-        """The graph of a pass, with what can be one native call as one; ``sums`` is what sums over the steps in it."""
+    def join(
+        self, graph: fx.Graph, sums: Callable[..., Tensor], given: Mapping[fx.Node, int], kept: Mapping[int, int], /
+    ) -> tuple[fx.Graph, frozenset[int]]:
+        """The graph of a pass, with what can be one native call as one; ``sums`` is what sums over the steps in it.
+
+        What a forward pass keeps has numbers: ``given`` has them for inputs of a backward pass, and the second result
+        says which of them may lie in one tensor; ``kept`` has the numbers of those by their places in the output.
+        """
         ...
 
     def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node], /) -> Loop: ...

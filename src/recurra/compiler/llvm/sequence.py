@@ -12,14 +12,14 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 
-from recurra.compiler.llvm.code import I64, POINTER, VOID, Code, Floats
+from recurra.compiler.llvm.code import I8, I64, POINTER, VOID, Code, Floats
 from recurra.compiler.llvm.target import Engine, host
 from recurra.compiler.llvm.team import openmp
 
 # What of a call is in the list: the address of a function, that of its words, and how many threads call it.
 CALL = 3
-# The words of a copy: from where, to where, how many bytes.
-COPY = 3
+# The words of a copy: from where, to where, how many bytes; and of zeros: where, how many bytes.
+COPY, ZEROS = 3, 2
 I32 = ir.IntType(32)
 
 
@@ -31,9 +31,10 @@ class Calls:
         floats = Floats(module, np.dtype(np.float32), host())
         _run(floats)
         _copy(floats)
+        _zeros(floats)
         self._engine = Engine(str(module), host())
         self.run: Callable[[int], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.address("sequence"))
-        self.copy = self._engine.address("copy")
+        self.copy, self.zeros = (self._engine.address(name) for name in ("copy", "zeros"))
 
 
 @cache
@@ -76,4 +77,14 @@ def _copy(floats: Floats) -> None:
     source, target = (code.entry(words, each) for each in range(2))
     move = floats.declared("llvm.memcpy.p0.p0.i64", kind)
     code.b.call(move, [target, source, code.entry(words, 2, I64), no])
+    code.b.ret_void()
+
+
+def _zeros(floats: Floats) -> None:
+    function = ir.Function(floats.module, ir.FunctionType(VOID, [POINTER]), "zeros")
+    code = Code(floats, function)
+    words, no = function.args[0], ir.Constant(ir.IntType(1), 0)
+    kind = ir.FunctionType(VOID, [POINTER, I8, I64, ir.IntType(1)])
+    fill = floats.declared("llvm.memset.p0.i64", kind)
+    code.b.call(fill, [code.entry(words, 0), ir.Constant(I8, 0), code.entry(words, 1, I64), no])
     code.b.ret_void()

@@ -1,0 +1,69 @@
+"""Where what a native call works on lies, as it is written down before there is any of it.
+
+Legend: D any feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from recurra.compiler.block import Block
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something lies: in which tensor or memory of the call, and how many bytes from its beginning."""
+
+    kind: str
+    index: int
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor whose numbers are at a place; strides count numbers."""
+
+    place: Place
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        return self.strides == strides_of(self.shape)
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum over all steps of what is asked for nowhere else."""
+
+    value: Value
+
+
+def given_values(
+    block: Block | None, given: Sequence[Tensor | None], numbers: Sequence[int | None], itemsize: int
+) -> list[Value]:
+    """What is given to a segment, of which a part may lie in one tensor. ``numbers`` has the number of each of those
+    among all that is kept."""
+    values = []
+    for k, (tensor, number) in enumerate(zip(given, numbers, strict=True)):
+        if block is not None and number in block.parts:
+            begin, shape = block.parts[number]
+            place = Place("given", numbers.index(block.first), begin * itemsize)
+        else:
+            assert tensor is not None
+            place, shape = Place("given", k), tuple(tensor.shape)
+        values.append(Value(place, shape, strides_of(shape)))
+    return values
+
+
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def moved(value: Value, skip: int) -> Value:
+    place = value.place
+    return Value(Place(place.kind, place.index, place.skip + skip), value.shape, value.strides)
