@@ -88,6 +88,24 @@ def test_a_weight_read_past_its_module_is_no_constant():
     assert step.constants == {}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@paths
+def test_a_module_of_torchscript_has_its_gradients(backend):
+    class Scripted(Watched):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.jit.script(nn.Linear(4, 4))
+
+        def step(self, state: Tensor, x: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
+            state = torch.tanh(x + self.linear(state) @ self.weight)
+            return state, state
+
+    cell = Scripted()
+    for _ in range(2):
+        for found, expected in zip(gradients(cell, backend), gradients(cell, "loop"), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 def test_a_twin_has_the_same_weights_in_modules_of_its_own():
     shared = LayerNorm(LSTM(3, 3))
     cell = Stack(shared, shared, LSTM(3, 3))

@@ -89,7 +89,9 @@ class Attributes:
 
     def __init__(self, cell: Cell) -> None:
         self._live = [part for module in cell.modules() for part in _containers(module)]
-        self._seen = [part.copy() for part in self._live]
+        # Of modules of TorchScript it is not said what they are.
+        self._known = all(isinstance(part, (dict, list)) for part in self._live)
+        self._seen = [part.copy() for part in self._live] if self._known else []
         # The comparison of two tensors of one number is a truth value, and so says nothing of which they are.
         self._single = [
             (part, name, value)
@@ -101,7 +103,11 @@ class Attributes:
 
     def changed(self) -> bool:
         try:
-            return self._live != self._seen or any(part[name] is not value for part, name, value in self._single)
+            return (
+                not self._known
+                or self._live != self._seen
+                or any(part[name] is not value for part, name, value in self._single)
+            )
         except Exception:
             # What cannot be compared, as tensors cannot, is not the same.
             return True

@@ -309,62 +309,61 @@ class Writer:
         ]
         if sum(map(prod, self.shapes)) * self.itemsize > MOST:
             raise Unfit
-        pairs = [(result, number) for result, number in zip(results, self.kept, strict=True) if result is not None]
-        together = {result.place.index for result, number in pairs if number is not None}
-        alone = [result.place.index for result, number in pairs if number is None]
-        shapes = [result.shape for result, _ in pairs if result.place.index in alone]
-        places = {index: (k, 0) for k, index in enumerate(alone)}
-        block = None
-        if together:
-            size = self.pack(together, len(shapes), places)
-            block = Block(
-                {
-                    number: (places[result.place.index][1] + result.place.skip // self.itemsize, result.shape)
-                    for result, number in pairs
-                    if number is not None
-                }
-            )
-            shapes.append((size,))
+        shapes, places, block = self.lay_out(results)
         # What nobody sees. Large memory is better given back.
-        scratch = self.pack({*range(len(self.shapes))}.difference(together, alone), len(shapes), places)
+        scratch = self.pack({*range(len(self.shapes))} - {*places}, len(shapes), places)
         held = scratch * self.itemsize < LEAST
         size = 2 + CALL * len(self.list)
         size += -size % _LINE
         head = [len(self.list), team()]
-        fixed, slots = [], []
+        fixed: list[tuple[int, int, int]] = []
+        slots: list[tuple[int, int, int]] = []
         for function, begin, members in self.list:
-            fixed.append((len(head) + 1, 0, (size + begin) * 8))
+            fixed.append((len(head) + 1, ROOM.index("words"), (size + begin) * 8))
             head += [function, 0, members]
         for at, place in self.slots:
-            if place.kind == "room":
-                fixed.append((at + size, place.index, place.skip))
-            elif place.kind == "given":
-                slots.append((at + size, place.index, place.skip))
-            else:
-                index, begin = places[place.index]
-                skip = begin * self.itemsize + place.skip
-                if index == len(shapes) and held:
-                    fixed.append((at + size, ROOM.index("scratch"), skip))
-                else:
-                    slots.append((at + size, len(self.given) + index, skip))
-        ends: list[int | None] = []
-        for result, number in zip(results, self.kept, strict=True):
-            if result is None or (number is not None and block is not None and number != block.first):
-                ends.append(None)
-            else:
-                ends.append(places[result.place.index][0])
-        words = np.array([*head, *[0] * (size - len(head)), *self.words], np.int64)
+            kind, index, skip = place.kind, place.index, place.skip
+            if kind == "value":
+                index, begin = places[index]
+                skip += begin * self.itemsize
+                kind = "room" if held and index == len(shapes) else kind
+                index = ROOM.index("scratch") if kind == "room" else len(self.given) + index
+            (fixed if kind == "room" else slots).append((at + size, index, skip))
+        ends = [
+            None
+            if result is None or (block is not None and number in block.parts and number != block.first)
+            else places[result.place.index][0]
+            for result, number in zip(results, self.kept, strict=True)
+        ]
         return Script(
-            words,
-            tuple(fixed),
-            tuple(slots),
-            tuple(shapes),
-            tuple(ends),
-            block,
-            tuple(self.loops),
-            self.members,
-            *((scratch, 0) if held else (0, scratch)),
+            words=np.array([*head, *[0] * (size - len(head)), *self.words], np.int64),
+            fixed=tuple(fixed),
+            slots=tuple(slots),
+            shapes=tuple(shapes),
+            results=tuple(ends),
+            block=block,
+            loops=tuple(self.loops),
+            members=self.members,
+            scratch=scratch if held else 0,
+            spare=0 if held else scratch,
         )
+
+    def lay_out(
+        self, results: Sequence[Value | None]
+    ) -> tuple[list[tuple[int, ...]], dict[int, tuple[int, int]], Block | None]:
+        """The shapes of the tensors that are results, or have them; in which of these, and from which number on, each
+        value is; and what is in the one of all that is kept."""
+        pairs = [(result, number) for result, number in zip(results, self.kept, strict=True) if result is not None]
+        alone = [result for result, number in pairs if number is None]
+        kept = {number: result for result, number in pairs if number is not None}
+        shapes = [result.shape for result in alone]
+        places = {result.place.index: (k, 0) for k, result in enumerate(alone)}
+        if not kept:
+            return shapes, places, None
+        shapes.append((self.pack({result.place.index for result in kept.values()}, len(shapes), places),))
+        begins = {number: places[result.place.index][1] for number, result in kept.items()}
+        parts = {number: (begins[number] + r.place.skip // self.itemsize, r.shape) for number, r in kept.items()}
+        return shapes, places, Block(parts)
 
     def pack(self, values: set[int], into: int, places: dict[int, tuple[int, int]]) -> int:
         """Lays values into one tensor, number ``into``, one behind the other; gives its size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -12,13 +13,14 @@ Module = TypeVar("Module", bound=nn.Module)
 def twin(module: Module) -> Module:
     """Modules like these, with the same attributes and the very same weights, whose weights can be replaced.
 
-    A module that is in several places is in the same places here.
+    A module that is in several places is in the same places here. One of TorchScript is itself: it has its weights
+    where Python does not see them.
     """
     return _twin(module, {})
 
 
 def _twin(module: Module, done: dict[nn.Module, nn.Module]) -> Module:
-    found = done.get(module)
+    found = module if isinstance(module, torch.jit.ScriptModule) else done.get(module)
     if found is None:
         found = done[module] = module.__new__(type(module))
         own = module.__dict__

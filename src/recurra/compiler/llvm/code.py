@@ -23,14 +23,14 @@ VOID = ir.VoidType()
 
 
 class Floats:
-    """The float type of a module, and vectors of it."""
+    """The float type of a module, and vectors of it: as wide as the target's, or of so many ``lanes``."""
 
-    def __init__(self, module: ir.Module, dtype: np.dtype[Any], target: Target) -> None:
-        self.module = module
+    def __init__(self, module: ir.Module, dtype: np.dtype[Any], target: Target, lanes: int | None = None) -> None:
+        self.module, self.dtype, self.target = module, dtype, target
         self.double = dtype == np.float64
         self.scalar: ir.Type = ir.DoubleType() if self.double else ir.FloatType()
         self.bytes = dtype.itemsize
-        self.lanes = target.vector_bytes // self.bytes
+        self.lanes = target.vector_bytes // self.bytes if lanes is None else lanes
         self.registers = target.registers
         self.vector = ir.VectorType(self.scalar, self.lanes)
         self.integers = ir.VectorType(I64 if self.double else I32, self.lanes)

@@ -123,7 +123,7 @@ Build = Callable[[Code, ir.Value], ir.Value]
 def call(code: Code, name: str, x: ir.Value) -> ir.Value:
     """One of FUNCTIONS, of a vector."""
     f = code.floats
-    full = f"recurra.{name}"
+    full = f"recurra.{name}.{f.lanes}"
     found = f.module.globals.get(full)
     if found is None:
         found = f.function(full, [f.vector], f.vector)

@@ -26,6 +26,10 @@ STAGE = ir.FunctionType(VOID, [POINTER, I64, I64, POINTER, POINTER, I64, I64, I6
 
 def sweep_function(floats: Floats, layout: Layout, sweep: Sweep, name: str) -> ir.Function:
     """A stage whose pieces are the steps of a region's sweep."""
+    region = sweep.region
+    if region.width == 1 and not region.products and not region.reductions:
+        # A division of a whole vector takes several times that of the one number that is in it.
+        floats = Floats(floats.module, floats.dtype, floats.target, lanes=1)
     function = floats.function(name, STAGE.args)
     # A step of a small cell is so short that the call would be felt.
     function.attributes.add("alwaysinline")
