@@ -24,7 +24,8 @@ def emit(plan: Plan, dtype: np.dtype[Any], target: Target) -> tuple[str, Layout]
     """LLVM assembly of two functions, and what its caller must know.
 
     ``run(words, begin, end, member, members)`` takes the rows begin to end through time, or that part of their
-    features that is the member's. ``share(words)`` is for each thread of a team: it packs, and runs.
+    features that is the member's, in that member's own memory. ``share(words)`` is for each thread of a team: it packs,
+    and runs.
     """
     module = ir.Module("recurra")
     floats = Floats(module, dtype, target)
@@ -51,7 +52,7 @@ def _share(floats: Floats, layout: Layout, run: ir.Function) -> None:
     with b.if_else(b.icmp_unsigned("!=", parts, code.number(0))) as (rows, features):
         with rows, code.tickets(lambda: words.add("taken", "monotonic"), parts) as part:
             first, last = (b.call(bound, [lengths, T, B, each, parts]) for each in (part, code.plus(part, 1)))
-            b.call(run, [words.pointer, first, last, code.number(0), code.number(1)])
+            b.call(run, [words.pointer, first, last, part, code.number(1)])
         with features, b.if_then(b.icmp_unsigned("<", place, members)):
             b.call(run, [words.pointer, code.number(0), B, place, members])
     b.ret_void()
@@ -80,7 +81,8 @@ class _Run:
         null = ir.Constant(POINTER, None)
         self.has_lengths, self.has_resets = (b.icmp_unsigned("!=", each, null) for each in (self.lengths, self.resets))
         self.divided = b.icmp_unsigned("!=", self.members, code.number(1))
-        self.first = b.icmp_unsigned("==", self.member, code.number(0))
+        # Of those who take the same rows, the one who does what is done once.
+        self.first = b.or_(b.not_(self.divided), b.icmp_unsigned("==", self.member, code.number(0)))
         self.number = b.alloca(I64)
         b.store(code.number(0), self.number)
         self.count = b.alloca(I64)

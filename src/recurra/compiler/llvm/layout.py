@@ -13,6 +13,8 @@ from recurra.compiler.regions import Plan, Region, View
 
 # Rows of a matrix that are packed together: their pages are few enough to be known to the machine all at once.
 BLOCK = 16
+# Bytes of a cache line.
+_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ class Layout:
                 self._slot("partial", place, sweep.steps * floats.lanes, floats)
 
     def _slot(self, kind: str, index: int, width: int, floats: Floats, copies: int = 1) -> None:
-        # Rows a multiple of a kilobyte apart would fall into the same few cache lines.
-        stride = width if (width * floats.bytes) % 1024 else width + 64 // floats.bytes
+        # Two threads that write the same cache line wait for one another: each row has its own. But rows a multiple of
+        # a kilobyte apart would fall into the same few.
+        line = _LINE // floats.bytes
+        stride = -(-width // line) * line
+        stride += 0 if (stride * floats.bytes) % 1024 else line
         self.slots[kind, index] = (self.scratch, stride)
         self.scratch += copies * stride
 
