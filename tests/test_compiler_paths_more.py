@@ -337,6 +337,22 @@ def test_backward_in_another_thread_and_runs_in_several_at_once(backend):
     close(found[9], expected[0])
 
 
+class Shifted(cells.Vanilla):
+    """Takes a context, or none."""
+
+    def step(self, state, x, context=None):
+        return super().step(state, x if context is None else x + context)
+
+
+@both
+def test_a_call_with_context_is_none_without(backend):
+    """A call without context is remembered, and one with it must not be taken for the same; nor the other way."""
+    cell, x, shift = Shifted(3, 4).double(), torch.randn(5, 2, 3).double(), torch.randn(2, 3).double()
+    rnn, loop = Recurrent(cell, backend=backend), Recurrent(cell, backend="loop")
+    for context in (None, shift, None, None, 2 * shift, shift[:, :1]):
+        torch.testing.assert_close(rnn(x, context=context), loop(x, context=context), rtol=1e-12, atol=1e-12)
+
+
 @both
 def test_copies_and_files_carry_no_trace(backend):
     case = draw(BY_NAME["LSTM"], 4, 3, 3, 4)

@@ -90,8 +90,8 @@ class Traced:
         options = {"fresh": fresh, "lengths": lengths, "resets": resets, "reverse": reverse}
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return self._in_program(cell, x, state, context, given, **options)
-        before = self._before
-        known = None if before is None or context is not given is None else before.tensors(cell, x, state, fresh)
+        before = self._before if context is None and given is None else None
+        known = None if before is None else before.tensors(cell, x, state, fresh)
         try:
             if before is not None and known is not None:
                 plan, weights, form, tensors = before.plan, before.weights, before.form, known
