@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -197,3 +198,41 @@ def test_processes_that_the_batch_does_not_divide_among_are_refused(tmp_path, te
     assert two.returncode != 0
     assert "batch_size=3 does not divide among 2 processes" in two.stderr
     assert not (tmp_path / "run").exists()
+
+
+ENDS = """
+import pathlib, sys, torch
+from recurra.training.distributed import world
+
+def threads():
+    return sorted({task.joinpath("comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()})
+
+def train(everyone):
+    model = everyone.wrap(torch.nn.Linear(3, 2))
+    model.list = [model]  # a cycle
+    model(torch.ones(4, 3)).sum().backward()
+    return sys.argv[1] == "fails" and 1 / 0
+
+try:
+    with world() as everyone:
+        object.__setattr__(everyone, "size", 2)  # a model is wrapped for more than one
+        train(everyone)
+    print(threads())
+except ZeroDivisionError:
+    print(threads())  # while the traceback is there
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("how", ["succeeds", "fails"])
+def test_no_thread_of_the_group_is_left_to_meet_the_end_of_python(how):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, how], capture_output=True, text=True, env=ENVIRONMENT | alone, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout
+    assert "gloo" not in done.stdout

@@ -39,8 +39,7 @@ def train(text: Sequence[str], folder: Path | None, config: LanguageConfig, prog
         run = _prepare(text, folder, config, progress) if everyone.leads else None
         run = Run.open(Path(everyone.tell(str(run.path) if run else "")))
         with run.locked() if everyone.leads else nullcontext():
-            trainer = _trainer(run, config, everyone, progress)
-            return run, trainer.fit()
+            return run, _trainer(run, config, everyone, progress).fit()
 
 
 def resume(folder: Path, progress: Progress) -> tuple[Run, Position]:
@@ -54,18 +53,7 @@ def resume(folder: Path, progress: Progress) -> tuple[Run, Position]:
     config = run.settings(LanguageConfig)
     _use_threads(config)
     with world() as everyone, run.locked() if everyone.leads else nullcontext():
-        trainer = _trainer(run, config, everyone, progress)
-        if (run.checkpoints / "last.json").exists():
-            trainer.restore(load(run.checkpoints, "last"))
-        elif any(run.checkpoints.glob("*.json")):
-            raise CheckpointError(
-                f"{run.checkpoints / 'last.json'} is missing, and other checkpoints are there: put it back, or copy "
-                "best.json to last.json to go on from the best one"
-            )
-        elif everyone.leads:
-            # Stopped before its first checkpoint: the beginning is where it stood.
-            run.forget_after(-1)
-        return run, trainer.fit()
+        return run, _resumed(_trainer(run, config, everyone, progress)).fit()
 
 
 def _prepare(text: Sequence[str], folder: Path | None, config: LanguageConfig, progress: Progress) -> Run:
@@ -100,6 +88,22 @@ def _trainer(run: Run, config: LanguageConfig, everyone: World, progress: Progre
         progress.say(f"{task.unit.capitalize()}: {sizes}; {len(task.corpus.vocabulary):,} different ones")
         progress.say(f"Model: {parameters:,} parameters; run folder: {run.path}")
     return Trainer(task, run, config.training, everyone, progress if everyone.leads else Silent())
+
+
+def _resumed(trainer: Trainer) -> Trainer:
+    """The trainer where the run's last checkpoint was made."""
+    run = trainer.run
+    if (run.checkpoints / "last.json").exists():
+        trainer.restore(load(run.checkpoints, "last"))
+    elif any(run.checkpoints.glob("*.json")):
+        raise CheckpointError(
+            f"{run.checkpoints / 'last.json'} is missing, and other checkpoints are there: put it back, or copy "
+            "best.json to last.json to go on from the best one"
+        )
+    elif trainer.world.leads:
+        # Stopped before its first checkpoint: the beginning is where it stood.
+        run.forget_after(-1)
+    return trainer
 
 
 def _use_threads(config: LanguageConfig) -> None:

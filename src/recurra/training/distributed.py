@@ -5,7 +5,10 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,12 +85,22 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """The processes that torchrun started, or this one alone."""
+    """The processes that torchrun started, or this one alone.
+
+    What ``wrap`` gave must not be held by the body of the ``with`` when it ends: the group's threads live as long, and
+    a thread of PyTorch's that lets go of a tensor while Python shuts down aborts the process.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World()
         return
+    # Its functions take the group there is when it is imported as a default, and would keep it for good.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the model as well
+        raise
     finally:
         dist.destroy_process_group()
+        gc.collect()
