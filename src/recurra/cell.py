@@ -73,9 +73,12 @@ class Cell(nn.Module):
 
     def zeros(self, batch_size: int, *sizes: int) -> Tensor:
         """Zeros (B, *sizes) in the dtype and on the device of the cell's first floating-point parameter."""
-        # Its own parameters come first; found by name they are found sooner.
-        for tensor in chain(self._parameters.values(), self.parameters(), self.buffers()):
-            if tensor is not None and tensor.is_floating_point():
+        # Its own parameters come first; by name they are found sooner.
+        for own in self._parameters.values():
+            if own is not None and own.is_floating_point():
+                return own.new_zeros(batch_size, *sizes)
+        for tensor in chain(self.parameters(), self.buffers()):
+            if tensor.is_floating_point():
                 return tensor.new_zeros(batch_size, *sizes)
         return torch.zeros(batch_size, *sizes)
 

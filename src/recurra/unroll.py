@@ -179,27 +179,30 @@ class Recurrent(nn.Module):
 
         Raises ShapeError for a shape, dtype or structure that does not fit.
         """
+        # Attributes that are modules take their time to be found.
+        cell = self.cell
         T, B = self._check_x(x)
-        fresh = self.cell.initial_state(B)
-        if any(leaf.dim() == 0 or leaf.shape[0] != B for leaf in leaves(fresh)):
-            name = type(self.cell).__name__
-            raise ShapeError(f"{name}.initial_state({B}) must give tensors with B={B} rows, got {describe(fresh)}")
+        fresh = cell.initial_state(B)
+        for leaf in leaves(fresh):
+            if leaf.dim() == 0 or leaf.shape[0] != B:
+                name = type(cell).__name__
+                raise ShapeError(f"{name}.initial_state({B}) must give tensors with B={B} rows, got {describe(fresh)}")
         state = fresh if state is None else _check_state(state, fresh)
         lengths = None if lengths is None else _check_lengths(lengths, T, B, x.device)
         resets = None if resets is None else _check_resets(resets, T, B, x.device)
-        drawn = self.cell.draw_context(B, context)
+        drawn = cell.draw_context(B, context)
         options: dict[str, Any] = {"lengths": lengths, "resets": resets, "fresh": fresh, "reverse": self.reverse}
 
         def run() -> tuple[Tensor, State]:
             if T == 0:
-                return x.new_zeros(0, B, output_size(self.cell)), state
+                return x.new_zeros(0, B, output_size(cell)), state
             if self._path is not None:
-                return self._path(self.cell, x, state, drawn, given=context, **options)
-            return loop(self.cell, x, state, drawn, **options)
+                return self._path(cell, x, state, drawn, given=context, **options)
+            return loop(cell, x, state, drawn, **options)
 
         if torch.compiler.is_compiling():
             return run()
-        return observed(self, self.cell, run, lengths, self.reverse)
+        return observed(self, cell, run, lengths, self.reverse)
 
     def explain(self) -> Explanation:
         """Which path runs this cell, and why; what it costs. Before the first call the step is traced for this."""
@@ -214,13 +217,15 @@ class Recurrent(nn.Module):
     def _check_x(self, x: Tensor) -> tuple[int, int]:
         if x.dim() != 3:
             raise ShapeError(f"expected x (T, B, I), time first, got {x.dim()} axes: {tuple(x.shape)}")
-        expected = getattr(self.cell, "input_size", None)
-        if expected is not None and x.shape[2] != expected:
+        cell = self.cell
+        T, B, size = x.shape
+        expected = getattr(cell, "input_size", None)
+        if expected is not None and size != expected:
             raise ShapeError(
-                f"expected x (T, B, {expected}), as {type(self.cell).__name__} has input_size={expected}, "
+                f"expected x (T, B, {expected}), as {type(cell).__name__} has input_size={expected}, "
                 f"got {tuple(x.shape)}"
             )
-        return x.shape[0], x.shape[1]
+        return T, B
 
 
 class Bidirectional(nn.Module):

@@ -26,10 +26,12 @@ Sum = Callable[[Tensor, list[int]], Tensor]
 
 @dataclass(frozen=True)
 class Assembled:
-    """A pass as a function, and the numbers of what it is given that may lie in one tensor, see ``assemble``."""
+    """A pass as a function; the numbers of what it is given that may lie in one tensor, see ``assemble``; and of the
+    carries in whose place it takes a shape, for zeros."""
 
     function: Callable[..., tuple[Any, ...]]
-    together: frozenset[int] = frozenset()
+    together: frozenset[int]
+    zeros: frozenset[int]
 
 
 def assemble(
@@ -79,7 +81,8 @@ class _Assembly:
         back = backward is None
         self.call_ = self.graph.placeholder("call")
         places = {node: self.graph.placeholder(node.name) for node in given}
-        last: list[Any] = [self.graph.placeholder(f"carry_{k}") for k, _ in enumerate(carries)]
+        states = [self.graph.placeholder(f"carry_{k}") for k, _ in enumerate(carries)]
+        last: list[Any] = [*states]
         fresh: list[Any] = [None if back else self.graph.placeholder(f"fresh_{k}") for k, _ in enumerate(carries)]
         self.steps, self.batch = (self.call(getattr, self.call_, name) for name in ("T", "B"))
         self.size = self.call(operator.mul, self.steps, self.batch)
@@ -101,11 +104,13 @@ class _Assembly:
             results += [self.take(node, LOOP) for node in kept]
         self.graph.output(tuple(results))
         _turn_once(self.graph)
-        graph, together = self.graph, frozenset[int]()
+        graph, numbers = self.graph, {places[node]: number for number, node in enumerate(kept)} if back else {}
+        inside = frozenset[fx.Node]()
         if self.backend is not None:
-            numbers = {places[node]: number for number, node in enumerate(kept)} if back else {}
-            graph, together = self.backend.join(graph, self.sum, numbers, held)
-        return Assembled(fx.GraphModule(nn.Module(), graph).forward, together)
+            graph, inside = self.backend.join(graph, self.sum, numbers, held)
+        together = frozenset(number for node, number in numbers.items() if node in inside)
+        zeros = frozenset(k for k, state in enumerate(states) if state in inside)
+        return Assembled(fx.GraphModule(nn.Module(), graph).forward, together, zeros)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)

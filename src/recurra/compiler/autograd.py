@@ -24,7 +24,7 @@ def run(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return results
     with torch.no_grad():
         y, finals, _ = memory.forward(call, tensors)
-        return tuple(own([y, *finals], tensors))
+        return (y, *finals) if call.alone else tuple(own([y, *finals], tensors))
 
 
 class OverTime(torch.autograd.Function):
@@ -32,17 +32,19 @@ class OverTime(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # A gradient that is zero is None: where nobody needs them, zeros are not made.
+        ctx.set_materialize_grads(False)
         y, finals, saved = memory.forward(call, tensors)
         ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*tensors, *saved)
-        results = own([y, *finals], [*tensors, *saved])
+        results = [y, *finals] if call.alone else own([y, *finals], [*tensors, *saved])
         if not all(call.plan.differentiable):
             flat = zip(results, call.plan.differentiable, strict=True)
             ctx.mark_non_differentiable(*(result for result, differentiable in flat if not differentiable))
         return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         # Asked for once: with checkpointing they are calculated anew at each asking.
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
@@ -57,13 +59,13 @@ _apply: Callable[..., tuple[Tensor, ...]] = OverTime.apply
 
 
 def again(
-    call: Call, tensors: Sequence[Tensor], wanted: Sequence[bool], gradients: Sequence[Tensor]
+    call: Call, tensors: Sequence[Tensor], wanted: Sequence[bool], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients through the reference loop, so that they can be differentiated in their turn."""
     # An alias for each, as one tensor may have been given in two places.
     tensors = [t.view_as(t) if w else t for t, w in zip(tensors, wanted, strict=True)]
     results = call.again(tensors)
-    pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if r.requires_grad]
+    pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if r.requires_grad and g is not None]
     ends = [tensor for tensor, w in zip(tensors, wanted, strict=True) if w]
     found = iter(
         torch.autograd.grad([r for r, _ in pairs], ends, [g for _, g in pairs], create_graph=True, allow_unused=True)

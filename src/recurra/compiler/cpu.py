@@ -34,7 +34,7 @@ class CPU:
 
     def join(
         self, graph: fx.Graph, sums: Callable[..., Tensor], given: Mapping[fx.Node, int], kept: Mapping[int, int]
-    ) -> tuple[fx.Graph, frozenset[int]]:
+    ) -> tuple[fx.Graph, frozenset[fx.Node]]:
         return join(graph, sums, given, kept)
 
     def __call__(self, compiled: Compiled, forms: Mapping[fx.Node, str], free: frozenset[fx.Node]) -> NativeLoop:

@@ -22,7 +22,7 @@ from recurra.compiler.fingerprint import Attributes, fingerprint, look
 from recurra.compiler.hoisted import Call
 from recurra.compiler.lower import decompositions
 from recurra.compiler.plan import Analysis, Plan
-from recurra.compiler.surroundings import TRACING, check, check_hooks, undisturbed
+from recurra.compiler.surroundings import TRACING, check, check_hooks, check_program, undisturbed
 from recurra.compiler.trace import trace, weights_of
 from recurra.errors import BackendError, RecurraError
 from recurra.taps import recording
@@ -95,7 +95,7 @@ class Traced:
         try:
             if before is not None and known is not None:
                 plan, weights, form, tensors = before.plan, before.weights, before.form, known
-                check(self.backend, tensors)
+                check_program(self.backend)
             else:
                 check_hooks(self.backend, cell)
                 parts, form = flatten(context)
@@ -334,6 +334,9 @@ class _Before:
     ) -> None:
         self.cell, self.plan, self.weights, self.form, self.began = cell, plan, weights, form, began
         self.attributes = Attributes(cell)
+        self.count = 1 + len(weights)
+        # The state that it began with is the fresh one, or both are looked at.
+        self.end = self.count + len(plan.step.old) if began else len(tensors)
         self.looks = self._look(tensors)
 
     def tensors(self, cell: Cell, x: Tensor, state: State, fresh: State) -> list[Tensor] | None:
@@ -345,11 +348,13 @@ class _Before:
         return tensors if self._look(tensors) == self.looks else None
 
     def _look(self, tensors: list[Tensor]) -> list[Any]:
-        x, count = tensors[0], 1 + len(self.weights)
-        looks = [torch.is_grad_enabled(), x.shape[2:], x.dtype, x.device, x.requires_grad]
-        looks += [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors[1:count]]
-        states = tensors[count : count + len(self.plan.step.old)] if self.began else tensors[count:]
-        return looks + [(t.shape[1:], t.dtype, t.device, t.requires_grad) for t in states]
+        # Of the weights, which are the same ones, only what may have changed.
+        looks: list[Any] = [torch.is_grad_enabled()]
+        for t in tensors[1 : self.count]:
+            looks += t.shape, t.dtype, t.device, t.requires_grad
+        for t in (tensors[0], *tensors[self.count : self.end]):
+            looks += type(t), t.shape[1:], t.dtype, t.device, t.requires_grad
+        return looks
 
 
 def _is_usual(x: Tensor) -> bool:

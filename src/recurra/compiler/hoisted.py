@@ -22,7 +22,8 @@ class Call:
     """One run of a plan: its sizes, which rows are active at which step, where rows begin afresh, the direction.
 
     The forward pass leaves the values of the plan's taps (T, B, ...) in ``taps``. Where ``together``, what it keeps
-    for the backward pass may lie in one tensor, and ``block`` then says where in it.
+    for the backward pass may lie in one tensor, and ``block`` then says where in it. ``alone`` says whether the results
+    share their memory with nothing else, ``zeros`` which of their states' gradients are zero.
     """
 
     plan: Plan
@@ -36,6 +37,8 @@ class Call:
     together: bool = False
     taps: dict[str, Tensor] = field(default_factory=dict)
     block: Block | None = None
+    alone: bool = False
+    zeros: tuple[bool, ...] = ()
 
     @property
     def steps(self) -> range:
@@ -89,17 +92,27 @@ def backward(
     call: Call,
     tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradient of each of ``tensors``, None where none is wanted or it is zero."""
+    """The gradient of each of ``tensors``, None where none is wanted or it is zero; so may those of the results be."""
     plan, step, x = call.plan, call.plan.step, tensors[0]
     old = len(step.old)
     count = len(tensors) - 2 * old
     kept = saved if call.block is None else call.block.gather(saved, len(plan.saved))
-    given = [*tensors[:count], *step.constants.values(), *kept]
-    given += [] if step.y_gradient is None else [gradients[0]]
-    found = _run(plan.back.whole.function, x, call, *given, *(gradients[1 + k] for k in plan.differentiated))
+    given: list[Any] = [*tensors[:count], *step.constants.values(), *kept]
+    if step.y_gradient is not None:
+        like = step.y_gradient.meta["val"]
+        zeros = None if gradients[0] is not None else x.new_zeros(call.T, call.B, *like.shape[1:], dtype=like.dtype)
+        given.append(gradients[0] if zeros is None else zeros)
+    call.zeros = tuple([gradient is None for gradient in gradients])
+    for number, k in enumerate(plan.differentiated):
+        gradient, begin = gradients[1 + k], tensors[count + k]
+        if gradient is not None:
+            given.append(gradient)
+        else:
+            given.append(begin.shape if number in plan.back.whole.zeros else torch.zeros_like(begin))
+    found = _run(plan.back.whole.function, x, call, *given)
     results: list[Tensor | None] = [None] * len(tensors)
     for place, gradient in zip(plan.places, found, strict=False):
         results[place] = gradient

@@ -23,12 +23,12 @@ _ALIASES = {torch.permute, torch.t, torch.reshape, operator.getitem, getattr, op
 
 def join(
     graph: fx.Graph, sums: Callable[..., Tensor], given: Mapping[fx.Node, int], kept: Mapping[int, int]
-) -> tuple[fx.Graph, frozenset[int]]:
+) -> tuple[fx.Graph, frozenset[fx.Node]]:
     """The graph of a pass with its loops, products and ``sums`` over the steps as one operation, as far as nothing else
-    is calculated of one and used by the next.
+    is calculated of one and used by the next; and the inputs that only the one operation takes.
 
     ``given`` has the inputs that a forward pass has kept, and the number of each; those that only the one operation
-    takes, the second result, may lie in one tensor. ``kept`` has such numbers by their places in the output.
+    takes may lie in one tensor. ``kept`` has such numbers by their places in the output.
     """
     return _Join(graph, sums, given, kept).run()
 
@@ -43,11 +43,11 @@ class _Join:
         self.below: set[fx.Node] = set()
         self.barred: set[fx.Node] = set()
 
-    def run(self) -> tuple[fx.Graph, frozenset[int]]:
+    def run(self) -> tuple[fx.Graph, frozenset[fx.Node]]:
         for node in self.graph.nodes:
             self.place(node)
         loops = [loop for node in self.chosen if (loop := _loop(node)) is not None]
-        if len(self.chosen) < 2 or not loops:
+        if len(self.chosen) < 2 or len({loop.dtype for loop in loops}) != 1:
             return self.graph, frozenset()
         # What somebody else takes: of a loop its parts, and of these not what only says anew where their numbers lie.
         parts = [part for node in self.chosen for part in ([node] if _loop(node) is None else node.users)]
@@ -72,10 +72,15 @@ class _Join:
         call = next(iter(self.graph.nodes))
         inputs = [n for n in dict.fromkeys(o for node in body for o in node.all_input_nodes) if n not in inside]
         inputs.remove(call)
-        taken = {node: number for node, number in self.given.items() if inside.issuperset(node.users)}
-        numbers = [taken.get(node) for node in inputs], [*[None] * len(results), *(self.kept[at] for at in held)]
+        places = [node for node in self.graph.nodes if node.op == "placeholder" and node is not call]
+        taken = frozenset(node for node in places if inside.issuperset(node.users))
+        given = [self.given.get(node) if node in taken else None for node in inputs]
+        kept = [*[None] * len(results), *(self.kept[at] for at in held)]
+        # All results are those of the one call, each its own.
+        found = [node for node in ends if node is not None]
+        alone = len(found) == len(set(found)) and {*results, *held.values()}.issuperset(found)
         part = _part(call, inputs, body, [*results, *held.values()])
-        segment = Segment(part, self.sums, loops[0].dtype, *numbers)
+        segment = Segment(part, self.sums, loops[0].dtype, given, kept, alone)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -90,7 +95,7 @@ class _Join:
         graph.output(tuple(own[at] if at in own else node and copies[node] for at, node in enumerate(ends)))
         # What only the one call took.
         graph.eliminate_dead_code(lambda node: not _is_alias(node))
-        return graph, frozenset(taken.values())
+        return graph, taken
 
     def place(self, node: fx.Node) -> None:
         inputs = node.all_input_nodes

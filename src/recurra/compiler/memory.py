@@ -59,10 +59,10 @@ def backward(
     call: Call,
     tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradient of each of ``tensors``, None where none is wanted or it is zero."""
+    """The gradient of each of ``tensors``, None where none is wanted or it is zero; so may those of the results be."""
     plan = call.plan
     if plan.memory == "store":
         return hoisted.backward(call, tensors, saved, gradients, wanted)
@@ -97,7 +97,7 @@ def _in_parts(
     spans: list[slice],
     recall: Callable[[int, Call, list[Tensor]], list[Tensor]],
     tensors: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The backward pass, one part of the steps after the other, against their order. ``recall`` gives what the
@@ -112,7 +112,7 @@ def _in_parts(
     for number in reversed(range(len(spans))):
         span, part = spans[number], call.part(spans[number])
         given = [x[span], *rest]
-        incoming = [gradients[0][span], *carried]
+        incoming = [None if gradients[0] is None else gradients[0][span], *carried]
         found = hoisted.backward(part, given, recall(number, part, given), incoming, needed)
         if total[0] is not None:
             total[0][span] = 0 if found[0] is None else found[0]

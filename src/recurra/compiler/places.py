@@ -23,6 +23,9 @@ class Place:
     skip: int = 0
 
 
+NOWHERE = Place("zeros", 0)
+
+
 @dataclass(frozen=True)
 class Value:
     """A tensor whose numbers are at a place; strides count numbers."""
@@ -44,15 +47,17 @@ class Total:
 
 
 def given_values(
-    block: Block | None, given: Sequence[Tensor | None], numbers: Sequence[int | None], itemsize: int
+    block: Block | None, given: Sequence[Tensor | tuple[int, ...] | None], numbers: Sequence[int | None], itemsize: int
 ) -> list[Value]:
     """What is given to a segment, of which a part may lie in one tensor. ``numbers`` has the number of each of those
-    among all that is kept."""
+    among all that is kept. A shape stands for zeros, which lie nowhere."""
     values = []
     for k, (tensor, number) in enumerate(zip(given, numbers, strict=True)):
         if block is not None and number in block.parts:
             begin, shape = block.parts[number]
             place = Place("given", numbers.index(block.first), begin * itemsize)
+        elif isinstance(tensor, tuple):
+            place, shape = NOWHERE, tuple(tensor)
         else:
             assert tensor is not None
             place, shape = Place("given", k), tuple(tensor.shape)

@@ -23,7 +23,7 @@ from recurra.compiler.llvm.gemm_emit import PRODUCT, SUMS, WORDS
 from recurra.compiler.llvm.kernel import Kernel, give_way
 from recurra.compiler.llvm.sequence import CALL, COPY, ZEROS, calls, team
 from recurra.compiler.native import NativeLoop
-from recurra.compiler.places import Place, Total, Value, moved, strides_of
+from recurra.compiler.places import NOWHERE, Place, Total, Value, moved, strides_of
 from recurra.compiler.pool import LEAST
 
 # Bytes of all values above which a call is long, and memory is better given back on the way.
@@ -44,14 +44,15 @@ class Unfit(Exception):
 @dataclass(frozen=True)
 class Script:
     """A call of one size: its words, and where in them is the address of what: of memory that ``fixed`` has for all
-    calls in the same room, or of tensors (``slots``). ``shapes`` are those of the tensors that it makes, ``results``
-    which of them are the results, ``block`` what is in the one of all that is kept. What nobody sees takes ``scratch``
-    numbers of the room, or if they are many ``spare`` ones of a tensor behind all others."""
+    calls in the same room, or of tensors (``slots``). ``shapes`` are those of the tensors that it makes, and whether
+    they are for the pool, ``results`` which of them are the results, ``block`` what is in the one of all that is kept.
+    What nobody sees takes ``scratch`` numbers of the room, or if they are many ``spare`` ones of a tensor behind all
+    others."""
 
     words: np.ndarray
     fixed: tuple[tuple[int, int, int], ...]
     slots: tuple[tuple[int, int, int], ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[tuple[int, ...], bool], ...]
     results: tuple[int | None, ...]
     block: Block | None
     loops: tuple[Kernel, ...]
@@ -246,7 +247,10 @@ class Writer:
             raise Unfit
         last = [self.value(leaf.shape) for leaf in state]
         for begin, end in zip(state, last, strict=True):
-            self.copy(begin.place, end.place, prod(begin.shape))
+            if begin.place == NOWHERE:
+                self.fill(end)
+            else:
+                self.copy(begin.place, end.place, prod(begin.shape))
         totals = {k: self.zeros((B, loop.widths[k])) for k in sorted(summed)}
         widths = {k: width for k, width in enumerate(loop.widths) if k not in totals}
         outputs = {k: self.value(((T + (k in both)) * B, width)) for k, width in widths.items()}
@@ -278,10 +282,15 @@ class Writer:
 
     def zeros(self, shape: tuple[int, ...]) -> Value:
         value = self.value(shape)
-        self.add(calls().zeros, [0] * (ZEROS - 1) + [prod(shape) * self.itemsize], {0: value.place}, 1)
+        self.fill(value)
         return value
 
+    def fill(self, value: Value) -> None:
+        self.add(calls().zeros, [0] * (ZEROS - 1) + [prod(value.shape) * self.itemsize], {0: value.place}, 1)
+
     def add(self, function: int, words: Sequence[int], places: dict[int, Place], members: int) -> None:
+        if NOWHERE in places.values():
+            raise Unfit
         self.words += [0] * (-len(self.words) % _LINE)
         begin = len(self.words)
         self.words += words
@@ -339,7 +348,7 @@ class Writer:
             words=np.array([*head, *[0] * (size - len(head)), *self.words], np.int64),
             fixed=tuple(fixed),
             slots=tuple(slots),
-            shapes=tuple(shapes),
+            shapes=tuple((shape, prod(shape) * self.itemsize >= LEAST) for shape in shapes),
             results=tuple(ends),
             block=block,
             loops=tuple(self.loops),

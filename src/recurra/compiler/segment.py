@@ -53,7 +53,8 @@ class _Room:
 class Segment:
     """Some of the operations of a pass. ``graph`` has them as they are called one by one, ``sums`` is what sums over
     the steps in it. ``given`` and ``kept`` have for every input and every result its number among all that a forward
-    pass keeps, where it may lie in one tensor with others."""
+    pass keeps, where it may lie in one tensor with others. ``alone`` says that all results of the pass are some of its
+    own, each once."""
 
     def __init__(
         self,
@@ -62,18 +63,20 @@ class Segment:
         dtype: torch.dtype,
         given: Sequence[int | None],
         kept: Sequence[int | None],
+        alone: bool,
     ) -> None:
-        self.graph, self.sums, self.dtype, self.given, self.kept = graph, sums, dtype, given, kept
+        self.graph, self.sums, self.dtype = graph, sums, dtype
+        self.given, self.kept, self.alone = given, kept, alone
         self.one_by_one = fx.GraphModule(nn.Module(), graph).forward
         self._scripts: dict[tuple[Any, ...], Script | None] = {}
         self._idle: list[_Room] = []
 
     def run(self, call: Any, *given: Any) -> Sequence[Tensor | None]:
         """The results. Where ``call.together``, the one tensor of all that is kept stands for the first of it, None for
-        the rest, and ``call.block`` says what lies where."""
+        the rest, and ``call.block`` says what lies where. A shape stands for zeros."""
         if call.lengths is not None or call.resets is not None:
-            return self.one_by_one(call, *given)  # type: ignore[no-any-return]
-        key = (call.T, call.B, call.reverse, torch.get_num_threads(), call.together, call.block)
+            return self._one_by_one(call, given)
+        key = (call.T, call.B, call.reverse, torch.get_num_threads(), call.together, call.block, call.zeros)
         try:
             script = self._scripts[key]
         except KeyError:
@@ -82,10 +85,10 @@ class Segment:
                 self._scripts.pop(next(iter(self._scripts)))
         if script is None:
             given = given if call.block is None else call.block.apart(given, self.given)
-            return self.one_by_one(call, *given)  # type: ignore[no-any-return]
+            return self._one_by_one(call, given)
         addresses, alive = [], []
         for tensor in given:
-            if tensor is None:
+            if tensor is None or isinstance(tensor, tuple):
                 addresses.append(0)
                 continue
             if not tensor.is_contiguous() or tensor.is_neg():
@@ -93,7 +96,10 @@ class Segment:
                 # As long as it is there, its memory is.
                 alive.append(tensor)
             addresses.append(tensor.data_ptr())
-        values = [POOL.empty(shape, self.dtype) for shape in script.shapes]
+        values = [
+            POOL.empty(shape, self.dtype) if large else torch.empty(shape, dtype=self.dtype)
+            for shape, large in script.shapes
+        ]
         if script.spare:
             values.append(POOL.empty((script.spare,), self.dtype, brief=True))
         addresses += [value.data_ptr() for value in values]
@@ -106,10 +112,15 @@ class Segment:
         self._idle.append(room)
         if script.block is not None:
             call.block = script.block
+        call.alone = self.alone
         return [None if index is None else values[index] for index in script.results]
 
+    def _one_by_one(self, call: Any, given: Sequence[Any]) -> Sequence[Tensor | None]:
+        given = [torch.zeros(each, dtype=self.dtype) if isinstance(each, tuple) else each for each in given]
+        return self.one_by_one(call, *given)  # type: ignore[no-any-return]
+
     def _script(self, call: Any, given: Sequence[Any]) -> Script | None:
-        if call.T * call.B == 0 or any(tensor is not None and tensor.dtype is not self.dtype for tensor in given):
+        if call.T * call.B == 0 or any(isinstance(t, Tensor) and t.dtype is not self.dtype for t in given):
             return None
         kept = self.kept if call.together else [None] * len(self.kept)
         values = given_values(call.block, given, self.given, self.dtype.itemsize)

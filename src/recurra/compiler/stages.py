@@ -128,11 +128,12 @@ class Backend(Protocol):
 
     def join(
         self, graph: fx.Graph, sums: Callable[..., Tensor], given: Mapping[fx.Node, int], kept: Mapping[int, int], /
-    ) -> tuple[fx.Graph, frozenset[int]]:
+    ) -> tuple[fx.Graph, frozenset[fx.Node]]:
         """The graph of a pass, with what can be one native call as one; ``sums`` is what sums over the steps in it.
 
-        What a forward pass keeps has numbers: ``given`` has them for inputs of a backward pass, and the second result
-        says which of them may lie in one tensor; ``kept`` has the numbers of those by their places in the output.
+        The second result are inputs that only the one call takes: what a forward pass has kept of these may lie in one
+        tensor, and in place of a state there may be its shape, for zeros. What is kept has numbers: ``given`` has them
+        for inputs of a backward pass, ``kept`` those of what may lie in one tensor by their places in the output.
         """
         ...
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_tracing
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_exporting
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from recurra.cell import Cell
@@ -29,24 +32,31 @@ _TRANSFORMS = {
 
 def transform() -> str:
     """The transform of torch.func that is under way, or ""."""
-    inner = torch._C._functorch.peek_interpreter_stack()
+    inner = peek_interpreter_stack()
     return "" if inner is None else _TRANSFORMS.get(inner.key().name, f"the torch.func transform {inner.key().name}")
 
 
 def check(backend: str, tensors: Sequence[Tensor]) -> None:
     """Raises BackendError where PyTorch transforms or records the program, or the tensors are not plain ones."""
-    where = transform()
-    if not where and torch.compiler.is_exporting():
-        where = "torch.export"
-    if not where and torch._C._is_tracing():
-        where = "torch.jit.trace"
-    if not where and get_proxy_mode() is not None:
-        where = "a tracer of torch.fx"
-    if not where and forward_ad._current_level >= 0:
-        where = "forward-mode automatic differentiation"
-    strange = [] if where else [type(tensor) for tensor in tensors if type(tensor) not in (Tensor, nn.Parameter)]
+    check_program(backend)
+    strange = [type(tensor) for tensor in tensors if type(tensor) not in (Tensor, nn.Parameter)]
     if strange:
-        where = f"tensors of the type {strange[0].__name__}"
+        raise BackendError(refusal(backend, f"tensors of the type {strange[0].__name__}"))
+
+
+def check_program(backend: str) -> None:
+    """Raises BackendError where PyTorch transforms or records the program."""
+    where = ""
+    if peek_interpreter_stack() is not None:
+        where = transform()
+    elif is_exporting():
+        where = "torch.export"
+    elif _is_tracing():
+        where = "torch.jit.trace"
+    elif get_proxy_mode() is not None:
+        where = "a tracer of torch.fx"
+    elif forward_ad._current_level >= 0:
+        where = "forward-mode automatic differentiation"
     if where:
         raise BackendError(refusal(backend, where))
 
