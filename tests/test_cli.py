@@ -130,7 +130,19 @@ def test_a_file_that_is_no_text_is_refused(home, capsys, content, complaint):
     (home / "odd.txt").write_bytes(content)
     assert recurra(["train", "language", "odd.txt"]) == 1
     assert complaint in capsys.readouterr().err
-    assert not (home / "runs" / "odd").exists()
+    assert not (home / "runs").exists()
+    assert recurra(["train", "language", "odd.txt", "--folder", "a/b/c"]) == 1
+    assert not (home / "a").exists()
+
+
+def test_sample_names_the_words_of_a_prompt_that_it_does_not_know(home, capsys):
+    assert recurra(f"train language fish.txt {SMALL} --unit word".split()) == 0
+    capsys.readouterr()
+    command = ["sample", "runs/fish", "--length", "3", "--prompt"]
+    assert recurra([*command, "One zebra, two zebra, <unk> gnu"]) == 0
+    assert "not in the vocabulary, and read as <unk>: zebra, gnu\n" in capsys.readouterr().err
+    assert recurra([*command, "One fish"]) == 0
+    assert "vocabulary" not in capsys.readouterr().err
 
 
 def test_any_file_trains_by_the_byte(home, capsys):

@@ -6,6 +6,8 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -113,6 +115,31 @@ def test_the_native_call_makes_zeros_itself(monkeypatch):
     filled.clear()
     torch.autograd.grad(sum(end.sum() for end in ends), case.x)
     assert not filled
+
+
+def test_threads_differentiate_one_run_for_different_ends(monkeypatch):
+    # What fills memory with NaN would do so while another thread works in it.
+    monkeypatch.undo()
+    case, numbers = cases("LSTM", (), T=20)
+    wanted = list(case.wanted.values())
+    ends = ends_of(*by(Recurrent(case.cell, backend="compiled"))(case))
+    losses = [end.square().sum() for end in ends]
+    expected = [gradients(by_recurrent, case, number) for number in numbers]
+    found = [[] for _ in numbers]
+
+    def differentiate(number):
+        for _ in range(50):
+            found[number].append(torch.autograd.grad(losses[number], wanted, retain_graph=True))
+
+    threads = [threading.Thread(target=differentiate, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in numbers:
+        assert len(found[number]) == 50
+        for each in found[number]:
+            close(each, expected[number])
 
 
 def test_zeros_that_nobody_made_are_not_anybody_elses():

@@ -49,6 +49,18 @@ def test_other_threads_see_the_weights_of_a_cell_that_is_traced(backend):
     assert all(seen is weight for seen in WATCHED[0].seen)
 
 
+@paths
+def test_other_threads_see_the_weights_of_a_cell_that_is_differentiated_twice(backend):
+    WATCHED[:] = [Watched()]
+    weight, x = WATCHED[0].weight, torch.randn(3, 2, 4, requires_grad=True)
+    y, _ = Recurrent(WATCHED[0], backend=backend)(x)
+    WATCHED[0].seen.clear()
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    gradient.sum().backward()
+    assert WATCHED[0].seen
+    assert all(seen is weight for seen in WATCHED[0].seen)
+
+
 class Roundabout(Watched):
     """Reads its weights through functions and lists that know the cell itself."""
 
@@ -77,6 +89,20 @@ def gradients(cell: Cell, backend: str) -> list[Tensor]:
 def test_a_weight_that_is_read_past_its_module_has_its_gradient(backend):
     cell = Roundabout()
     for found, expected in zip(gradients(cell, backend), gradients(cell, "loop"), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@paths
+def test_weights_that_are_read_past_their_module_have_second_derivatives(backend):
+    cell = Roundabout()
+
+    def second(backend: str) -> list[Tensor]:
+        x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y, _ = Recurrent(cell, backend=backend)(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), list(cell.parameters())))
+
+    for found, expected in zip(second(backend), second("loop"), strict=True):
         torch.testing.assert_close(found, expected)
 
 

@@ -104,6 +104,8 @@ def sample(
     from recurra.tasks.language import Language
 
     language = Language.load(_language_run(folder), checkpoint)
+    if unread := _unread(language, prompt):
+        say(f"not in the vocabulary, and read as <unk>: {', '.join(unread)}")
     pieces = language.sample(prompt, length, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
     if json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
@@ -159,6 +161,17 @@ def _measure_text(language: Any, text: Sequence[str], streams: int) -> dict[str,
         nats, count = score(language.model, encoded.tokens, streams)
         shown = figures(nats / count, len(encoded.tokens) / encoded.characters) | _unknown(language, encoded.tokens)
     return {"text": " ".join(text), "tokens predicted": count, "nats per token": nats / count, **shown}
+
+
+def _unread(language: Any, prompt: str) -> list[str]:
+    """The words of a prompt that the model does not know."""
+    if language.vocabulary.unit != "word":
+        return []
+    from recurra.data import words
+
+    tokens = language.vocabulary.encode(prompt)
+    pairs = zip(words.split(prompt), tokens, strict=True)
+    return list(dict.fromkeys(word for word, token in pairs if token == 0 and word != words.UNKNOWN))
 
 
 def _unknown(language: Any, tokens: Any) -> dict[str, float]:

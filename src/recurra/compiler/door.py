@@ -24,6 +24,7 @@ from recurra.compiler.lower import decompositions
 from recurra.compiler.plan import Analysis, Plan
 from recurra.compiler.surroundings import TRACING, check, check_hooks, check_program, undisturbed
 from recurra.compiler.trace import trace, weights_of
+from recurra.compiler.twin import twin
 from recurra.errors import BackendError, RecurraError
 from recurra.taps import recording
 
@@ -316,7 +317,7 @@ class Traced:
         context = rebuild(form, rest)
         begin = map_state(lambda _: next(rest), state)
         fresh = map_state(lambda _: next(rest), state)
-        over_time = _OverTime(cell, self.loop)
+        over_time = _OverTime(cell if plan.step.past else twin(cell), self.loop)
         options = {"lengths": lengths, "resets": resets, "fresh": fresh, "reverse": reverse}
         lent = {f"cell.{name}": weight for name, weight in weights.items()}
         y, final = functional_call(over_time, lent, (x, begin, context), options, tie_weights=False)

@@ -23,7 +23,7 @@ class Call:
 
     The forward pass leaves the values of the plan's taps (T, B, ...) in ``taps``. Where ``together``, what it keeps
     for the backward pass may lie in one tensor, and ``block`` then says where in it. ``alone`` says whether the results
-    share their memory with nothing else, ``zeros`` which of their states' gradients are zero.
+    share their memory with nothing else.
     """
 
     plan: Plan
@@ -38,7 +38,6 @@ class Call:
     taps: dict[str, Tensor] = field(default_factory=dict)
     block: Block | None = None
     alone: bool = False
-    zeros: tuple[bool, ...] = ()
 
     @property
     def steps(self) -> range:
@@ -105,7 +104,6 @@ def backward(
         like = step.y_gradient.meta["val"]
         zeros = None if gradients[0] is not None else x.new_zeros(call.T, call.B, *like.shape[1:], dtype=like.dtype)
         given.append(gradients[0] if zeros is None else zeros)
-    call.zeros = tuple([gradient is None for gradient in gradients])
     for number, k in enumerate(plan.differentiated):
         gradient, begin = gradients[1 + k], tensors[count + k]
         if gradient is not None:

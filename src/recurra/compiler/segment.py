@@ -76,7 +76,18 @@ class Segment:
         the rest, and ``call.block`` says what lies where. A shape stands for zeros."""
         if call.lengths is not None or call.resets is not None:
             return self._one_by_one(call, given)
-        key = (call.T, call.B, call.reverse, torch.get_num_threads(), call.together, call.block, call.zeros)
+        addresses, alive, zeros = [], [], 0
+        for k, tensor in enumerate(given):
+            if not isinstance(tensor, Tensor):
+                zeros += 0 if tensor is None else 1 << k
+                addresses.append(0)
+                continue
+            if not tensor.is_contiguous() or tensor.is_neg():
+                tensor = tensor.resolve_neg().contiguous()
+                # As long as it is there, its memory is.
+                alive.append(tensor)
+            addresses.append(tensor.data_ptr())
+        key = (call.T, call.B, call.reverse, torch.get_num_threads(), call.together, call.block, zeros)
         try:
             script = self._scripts[key]
         except KeyError:
@@ -86,16 +97,6 @@ class Segment:
         if script is None:
             given = given if call.block is None else call.block.apart(given, self.given)
             return self._one_by_one(call, given)
-        addresses, alive = [], []
-        for tensor in given:
-            if tensor is None or isinstance(tensor, tuple):
-                addresses.append(0)
-                continue
-            if not tensor.is_contiguous() or tensor.is_neg():
-                tensor = tensor.resolve_neg().contiguous()
-                # As long as it is there, its memory is.
-                alive.append(tensor)
-            addresses.append(tensor.data_ptr())
         values = [
             POOL.empty(shape, self.dtype) if large else torch.empty(shape, dtype=self.dtype)
             for shape, large in script.shapes

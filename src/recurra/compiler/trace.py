@@ -67,7 +67,7 @@ class Step:
     ``batch`` is the node of the batch size, an int; ``sizes`` are it and its multiples. ``gradient[input]`` is the
     gradient of an input, given ``new_gradient`` and ``y_gradient``, the gradients of what the step returns; None
     stands for what is no floating-point number. ``constants`` are tensors from outside of the step's arguments.
-    ``taps`` are the named values that are to be seen.
+    ``taps`` are the named values that are to be seen. ``past``: whether it reads weights past a twin of the cell.
 
     ``node.meta["val"]`` is the value of a node at a batch of ``SIZES[0]`` and ``node.meta["other"]`` at one of
     ``SIZES[1]``: tensors without numbers.
@@ -86,6 +86,7 @@ class Step:
     y_gradient: fx.Node | None
     gradient: dict[fx.Node, fx.Node]
     constants: dict[fx.Node, Tensor]
+    past: bool
     taps: dict[str, fx.Node] = field(default_factory=dict)
 
 
@@ -168,6 +169,7 @@ def trace(
         y_gradient=tangents[-1],
         gradient=dict(zip(differentiated, results[2 * count : len(results) - len(joint.taps)], strict=True)),
         constants=_constants(ours, graph),
+        past=same is cell,
         taps=dict(zip(joint.taps, results[len(results) - len(joint.taps) :], strict=True)),
     )
 

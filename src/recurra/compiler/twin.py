@@ -1,4 +1,4 @@
-"""A cell to trace that nobody else uses: other threads go on with the cell itself while its weights are replaced."""
+"""A cell that nobody else uses: other threads go on with the cell itself while its weights are replaced."""
 
 from __future__ import annotations
 

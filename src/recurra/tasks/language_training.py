@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -57,7 +57,9 @@ def resume(folder: Path, progress: Progress) -> tuple[Run, Position]:
 
 
 def _prepare(text: Sequence[str], folder: Path | None, config: LanguageConfig, progress: Progress) -> Run:
-    run = Run.create(folder or _free_folder(text), TASK)
+    folder = folder or _free_folder(text)
+    above = [each for each in folder.parents if not each.exists()]
+    run = Run.create(folder, TASK)
     try:
         progress.say("Reading the text ...")
         corpus = build_corpus(
@@ -74,6 +76,9 @@ def _prepare(text: Sequence[str], folder: Path | None, config: LanguageConfig, p
         run.describe(config)
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
+        for each in above:
+            with suppress(OSError):
+                each.rmdir()
         raise
     return run
 
