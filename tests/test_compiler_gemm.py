@@ -24,7 +24,7 @@ from recurra.compiler.llvm import gemm, gemm_emit
 from recurra.compiler.llvm.code import Code
 from recurra.compiler.llvm.gemm import Products, Workspace, grid
 from recurra.compiler.llvm.target import Target, host
-from recurra.compiler.script import Writer
+from recurra.compiler.writer import Writer
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = [1, 2, 5, 7, 15, 16, 17, 33, 63, 64, 65, 100, 300]

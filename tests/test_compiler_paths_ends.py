@@ -17,8 +17,7 @@ from catalogue import BY_NAME
 from faster import BACKENDS, MODES, by, fill_memory_with_nan
 from paths import by_recurrent
 from recurra.cell import Cell, leaves
-from recurra.compiler import script
-from recurra.compiler.llvm.sequence import calls
+from recurra.compiler.writer import Writer
 from recurra.unroll import Recurrent
 
 # Rows that lengths, resets and directions leave as they are, and do not.
@@ -98,13 +97,13 @@ def test_one_result_alone_differentiated_twice(backend):
 def test_the_native_call_makes_zeros_itself(monkeypatch):
     """And not the same for a call that has no zeros."""
     filled = []
-    finish = script.Writer.finish
+    fill = Writer.fill
 
-    def finished(self, found):
-        filled.extend(each for each in self.list if each[0] == calls().zeros)
-        return finish(self, found)
+    def noted(self, when, value):
+        filled.append(value)
+        fill(self, when, value)
 
-    monkeypatch.setattr(script.Writer, "finish", finished)
+    monkeypatch.setattr(Writer, "fill", noted)
     case, _ = cases("LSTM", ())
     run = by(Recurrent(case.cell, backend="compiled"))
     for number, zeros in ((0, 2), (1, 1), (2, 1), (0, 0)):

@@ -19,11 +19,11 @@ from faster import by, fill_memory_with_nan
 from paths import by_recurrent
 from recurra import cells
 from recurra.cell import Cell
-from recurra.compiler import native, script, segment
+from recurra.compiler import native, pieces, script, segment, writer
 from recurra.compiler.llvm import kernel
 from recurra.compiler.llvm.kernel import kernel_for
-from recurra.compiler.script import Writer
 from recurra.compiler.segment import Segment
+from recurra.compiler.writer import Writer
 from recurra.unroll import Recurrent
 
 # In float64 and float32, rows that fill no vector and sums of few numbers included.
@@ -134,7 +134,7 @@ def test_what_is_written_on_y_is_not_read_by_the_backward_pass(reverse):
 
 
 def test_two_threads_of_the_team_give_the_numbers_of_one(monkeypatch):
-    for module in (kernel, script.gemm):
+    for module in (kernel, writer.gemm):
         monkeypatch.setattr(module, "WAKE", 1)
     case = draw(BY_NAME["GRU"], 9, 5, 19, 24)
     rnn, path = compiled(case)
@@ -148,9 +148,9 @@ def test_two_threads_of_the_team_give_the_numbers_of_one(monkeypatch):
 
 
 def test_without_a_team_several_threads_go_call_by_call(monkeypatch):
-    for module in (kernel, script.gemm):
+    for module in (kernel, writer.gemm):
         monkeypatch.setattr(module, "WAKE", 1)
-    monkeypatch.setattr(script, "team", lambda: 0)
+    monkeypatch.setattr(pieces, "team", lambda: 0)
     case = draw(BY_NAME["GRU"], 9, 5, 19, 24)
     rnn, path = compiled(case)
     with threads(2):
@@ -159,7 +159,7 @@ def test_without_a_team_several_threads_go_call_by_call(monkeypatch):
 
 
 def test_long_calls_go_call_by_call(monkeypatch):
-    monkeypatch.setattr(script, "MOST", 1000)
+    monkeypatch.setattr(pieces, "MOST", 1000)
     case = draw(BY_NAME["LSTM"], 9, 4, 19, 24)
     rnn, path = compiled(case)
     assert_agree(record(path, case), record(by_recurrent, case), 1e-11)
@@ -169,14 +169,14 @@ def test_long_calls_go_call_by_call(monkeypatch):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_pass_can_be_one_call_and_the_other_many(monkeypatch, first):
     """What the one keeps in one tensor, the other takes apart; or takes as a tensor each."""
-    limits = [script.MOST, 1000]
+    limits = [pieces.MOST, 1000]
     case = draw(BY_NAME["LSTM"], 9, 4, 19, 24)
     rnn = Recurrent(case.cell, backend="compiled")
     found = []
     for path in (rnn, Recurrent(case.cell, backend="loop")):
-        monkeypatch.setattr(script, "MOST", limits[not first])
+        monkeypatch.setattr(pieces, "MOST", limits[not first])
         y, _ = path(case.x)
-        monkeypatch.setattr(script, "MOST", limits[first])
+        monkeypatch.setattr(pieces, "MOST", limits[first])
         found.append(torch.autograd.grad(y.square().sum(), [case.x, *case.cell.parameters()]))
     assert scripts_of(rnn) == [first, not first]
     for one, other in zip(*found, strict=True):
@@ -277,8 +277,8 @@ def sums_of_one_row_less(right, self, value, R, shape):
     return right(self, value, max(1, R - 1), shape)
 
 
-def without_zeros(right, self, shape):
-    return self.value(shape)
+def without_zeros(right, self, when, value):
+    return None
 
 
 def last_instead_of_sum(right, self, loop, summed, *rest):
@@ -299,19 +299,19 @@ def _without_sums(program, summed):
     return replace(whole, new=tuple(new))
 
 
-def values_over_each_other(right, self, values, into, places):
-    size = right(self, values, into, places)
-    places.update(dict.fromkeys(values, (into, 0)))
+def values_over_each_other(right, self, values, into):
+    size = right(self, values, into)
+    self.places.update(dict.fromkeys(values, (into, 0)))
     return size
 
 
 WRONG = {
-    "values over each other": ("pack", values_over_each_other),
-    "no copies": ("copy", without_copies),
-    "against the order of time": ("loop", in_the_order_of_time),
-    "sums of one row less": ("total", sums_of_one_row_less),
-    "sums that do not begin at zero": ("zeros", without_zeros),
-    "the last step's value as the sum": ("backward", last_instead_of_sum),
+    "values over each other": (script._Layout, "pack", values_over_each_other),
+    "no copies": (Writer, "copy", without_copies),
+    "against the order of time": (Writer, "loop", in_the_order_of_time),
+    "sums of one row less": (Writer, "total", sums_of_one_row_less),
+    "sums that do not begin at zero": (Writer, "fill", without_zeros),
+    "the last step's value as the sum": (Writer, "backward", last_instead_of_sum),
 }
 
 
@@ -319,9 +319,9 @@ WRONG = {
 def test_a_wrong_script_is_told_apart(name, monkeypatch):
     case = draw(BY_NAME["LayerNormLSTM"], 9, 4, 19, 24, "state")
     expected = record(by_recurrent, case)
-    method, wrong = WRONG[name]
-    right = getattr(Writer, method)
-    monkeypatch.setattr(Writer, method, lambda self, *rest: wrong(right, self, *rest))
+    owner, method, wrong = WRONG[name]
+    right = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda self, *rest: wrong(right, self, *rest))
     _, path = compiled(case)
     killed(lambda: assert_agree(record(path, case), expected, 1e-11))
 
@@ -329,12 +329,12 @@ def test_a_wrong_script_is_told_apart(name, monkeypatch):
 def test_a_state_that_is_not_where_it_is_said_to_be_is_told_apart(monkeypatch):
     case = draw(BY_NAME["LSTM"], 9, 4, 19, 24, "state")
     expected = record(by_recurrent, case)
-    monkeypatch.setattr(script, "moved", lambda value, skip: value)
+    monkeypatch.setattr(writer, "moved", lambda value, skip: value)
     killed(lambda: assert_agree(record(compiled(case)[1], case), expected, 1e-11))
 
 
 def test_y_without_memory_of_its_own_is_told_apart(monkeypatch):
     case = draw(BY_NAME["LSTM"], 9, 4, 19, 24)
     expected = record(by_recurrent, case)
-    monkeypatch.setattr(Writer, "alone", lambda self, result, rest: result)
+    monkeypatch.setattr(pieces, "_shared", lambda *_: [])
     killed(lambda: assert_agree(record(compiled(case)[1], case), expected, 1e-11))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from recurra.compiler.eager import EagerLoop
 from recurra.compiler.rows import Rows
 from recurra.compiler.schedule import BATCHED, LOOP, ONCE, SUMMED
-from recurra.compiler.stages import ROWS, SHORT, Backend, Compiled, Loop
+from recurra.compiler.stages import ROWS, SHORT, Backend, Compiled, Loop, stepped
 
 # What a pass gives: a value, and the kind of stage that would take it as it is wanted.
 Ends = Sequence[tuple[fx.Node, str]]
@@ -84,6 +84,11 @@ class _Assembly:
         states = [self.graph.placeholder(f"carry_{k}") for k, _ in enumerate(carries)]
         last: list[Any] = [*states]
         fresh: list[Any] = [None if back else self.graph.placeholder(f"fresh_{k}") for k, _ in enumerate(carries)]
+        for node, place in places.items():
+            place.meta["stepped"] = stepped(self.rows.get(node), self.forms[node])
+        for state in (*states, *fresh):
+            if state is not None:
+                state.meta["stepped"] = False
         self.steps, self.batch = (self.call(getattr, self.call_, name) for name in ("T", "B"))
         self.size = self.call(operator.mul, self.steps, self.batch)
         for node, place in places.items():
@@ -146,6 +151,7 @@ class _Assembly:
         """A value as it is. What only shows a given one in another way need not be given."""
         if node not in self.values:
             self.values[node] = self.graph.node_copy(node, self.value)
+            self.values[node].meta["stepped"] = stepped(self.rows.get(node), self.forms[node])
             self.values[node].target = SHORT.get(node.target, node.target)
         return self.values[node]
 
@@ -164,6 +170,7 @@ class _Assembly:
             return found
         if kind == BATCHED and form == ONCE and rows is not None:
             value = self.call(spread, value, self.steps, rows.axis, rows.apart)
+            value.meta["stepped"] = stepped(rows, ROWS)
         elif kind == SUMMED and form == ROWS:
             assert rows is not None
             value = self.call(self.sum, value, self.steps, rows.axis, rows.apart)

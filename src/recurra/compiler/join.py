@@ -17,8 +17,9 @@ from recurra.compiler.native import NativeLoop
 from recurra.compiler.segment import Segment
 
 _PRODUCTS = {gemm.mm, gemm.addmm, gemm.total}
+_TURNED = {torch.permute, torch.t, torch.reshape}
 # These only say anew where numbers lie, or how many there are.
-_ALIASES = {torch.permute, torch.t, torch.reshape, operator.getitem, getattr, operator.mul}
+_ALIASES = {*_TURNED, operator.getitem, getattr, operator.mul}
 
 
 def join(
@@ -80,7 +81,7 @@ class _Join:
         found = [node for node in ends if node is not None]
         alone = len(found) == len(set(found)) and {*results, *held.values()}.issuperset(found)
         part = _part(call, inputs, body, [*results, *held.values()])
-        segment = Segment(part, self.sums, loops[0].dtype, given, kept, alone)
+        segment = Segment(part, self.sums, loops[0].dtype, given, kept, [*map(_is_stepped, inputs)], alone)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -138,6 +139,15 @@ def _shown(part: fx.Node) -> fx.Node:
 def _loop(node: fx.Node) -> NativeLoop | None:
     loop = getattr(node.target, "__self__", None)
     return loop if isinstance(loop, NativeLoop) else None
+
+
+def _is_stepped(node: fx.Node) -> bool | None:
+    """Whether the first axis has rows of all steps, None if that is not known."""
+    found: bool | None = node.meta.get("stepped")
+    if "stepped" not in node.meta and node.target in _TURNED:
+        source = _is_stepped(node.all_input_nodes[0])
+        return None if source and node.target is not torch.reshape else source
+    return found
 
 
 def _is_alias(node: fx.Node) -> bool:

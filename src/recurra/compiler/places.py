@@ -6,7 +6,7 @@ Legend: D any feature.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import Tensor
@@ -16,11 +16,13 @@ from recurra.compiler.block import Block
 
 @dataclass(frozen=True)
 class Place:
-    """Where something lies: in which tensor or memory of the call, and how many bytes from its beginning."""
+    """Where something lies: in which tensor or memory of the call, how many bytes from its beginning, and how many it
+    is from one step to the next."""
 
     kind: str
     index: int
     skip: int = 0
+    step: int = 0
 
 
 NOWHERE = Place("zeros", 0)
@@ -28,11 +30,13 @@ NOWHERE = Place("zeros", 0)
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor whose numbers are at a place; strides count numbers."""
+    """A tensor whose numbers are at a place; strides count numbers. ``time`` is the axis on which the rows of all steps
+    lie, None if it is of no step."""
 
     place: Place
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    time: int | None = None
 
     @property
     def contiguous(self) -> bool:
@@ -47,10 +51,16 @@ class Total:
 
 
 def given_values(
-    block: Block | None, given: Sequence[Tensor | tuple[int, ...] | None], numbers: Sequence[int | None], itemsize: int
+    block: Block | None,
+    given: Sequence[Tensor | tuple[int, ...] | None],
+    numbers: Sequence[int | None],
+    stepped: Sequence[bool | None],
+    T: int,
+    itemsize: int,
 ) -> list[Value]:
     """What is given to a segment, of which a part may lie in one tensor. ``numbers`` has the number of each of those
-    among all that is kept. A shape stands for zeros, which lie nowhere."""
+    among all that is kept, ``stepped`` says of which the first axis has rows of T steps. A shape stands for zeros,
+    which lie nowhere."""
     values = []
     for k, (tensor, number) in enumerate(zip(given, numbers, strict=True)):
         if block is not None and number in block.parts:
@@ -61,7 +71,9 @@ def given_values(
         else:
             assert tensor is not None
             place, shape = Place("given", k), tuple(tensor.shape)
-        values.append(Value(place, shape, strides_of(shape)))
+        if stepped[k] and place is not NOWHERE:
+            place = replace(place, step=prod(shape) // T * itemsize)
+        values.append(Value(place, shape, strides_of(shape), 0 if stepped[k] else None))
     return values
 
 
@@ -70,5 +82,12 @@ def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def moved(value: Value, skip: int) -> Value:
-    place = value.place
-    return Value(Place(place.kind, place.index, place.skip + skip), value.shape, value.strides)
+    return replace(value, place=replace(value.place, skip=value.place.skip + skip))
+
+
+def cut(value: Value, steps: int, T: int) -> Value:
+    """So many steps of a value of T steps."""
+    if value.time is None:
+        return value
+    shape = tuple(size * steps // T if axis == value.time else size for axis, size in enumerate(value.shape))
+    return replace(value, shape=shape)

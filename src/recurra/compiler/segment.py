@@ -18,9 +18,11 @@ from torch import Tensor, fx, nn
 from recurra.compiler.llvm import gemm
 from recurra.compiler.llvm.kernel import aligned_empty
 from recurra.compiler.llvm.sequence import calls
+from recurra.compiler.pieces import write
 from recurra.compiler.places import given_values
 from recurra.compiler.pool import POOL
-from recurra.compiler.script import Script, Unfit, Writer
+from recurra.compiler.script import Script
+from recurra.compiler.writer import Unfit, Writer
 
 # As many sizes are remembered.
 _KEPT = 64
@@ -53,8 +55,10 @@ class _Room:
 class Segment:
     """Some of the operations of a pass. ``graph`` has them as they are called one by one, ``sums`` is what sums over
     the steps in it. ``given`` and ``kept`` have for every input and every result its number among all that a forward
-    pass keeps, where it may lie in one tensor with others. ``alone`` says that all results of the pass are some of its
-    own, each once."""
+    pass keeps, where it may lie in one tensor with others. ``stepped`` says which inputs have rows of all steps on
+    their first axis, None if that is not known. ``alone`` says that all results of the pass are some of its own, each
+    once.
+    """
 
     def __init__(
         self,
@@ -63,10 +67,11 @@ class Segment:
         dtype: torch.dtype,
         given: Sequence[int | None],
         kept: Sequence[int | None],
+        stepped: Sequence[bool | None],
         alone: bool,
     ) -> None:
         self.graph, self.sums, self.dtype = graph, sums, dtype
-        self.given, self.kept, self.alone = given, kept, alone
+        self.given, self.kept, self.stepped, self.alone = given, kept, stepped, alone
         self.one_by_one = fx.GraphModule(nn.Module(), graph).forward
         self._scripts: dict[tuple[Any, ...], Script | None] = {}
         self._idle: list[_Room] = []
@@ -124,9 +129,9 @@ class Segment:
         if call.T * call.B == 0 or any(isinstance(t, Tensor) and t.dtype is not self.dtype for t in given):
             return None
         kept = self.kept if call.together else [None] * len(self.kept)
-        values = given_values(call.block, given, self.given, self.dtype.itemsize)
+        values = given_values(call.block, given, self.given, self.stepped, call.T, self.dtype.itemsize)
         try:
-            return Writer(self.graph, self.sums, self.dtype, call, values, kept).run()
+            return write(Writer(self.graph, self.sums, self.dtype, call, values, None not in self.stepped), kept)
         except Unfit:
             return None
 

@@ -303,5 +303,14 @@ class _Writer:
             if node in self.places:
                 copy.target = _BACKWARD.get(target, copy.target)
                 copy.kwargs = {**copy.kwargs, "grad_input" if target in _BACKWARD else "out": self.places[node]}
+        copy.meta["stepped"] = stepped(self.rows.get(node), ROWS if self.stage.kind == BATCHED else ONCE)
         self.copies[node] = copy
         return copy
+
+
+def stepped(rows: Rows | None, form: str) -> bool | None:
+    """Whether the first axis of a value has the rows of all steps, those of each step together; None if another one
+    has."""
+    if rows is None or form != ROWS:
+        return False
+    return True if rows.axis == 0 and rows.apart == 1 else None

@@ -146,7 +146,7 @@ class Products:
         parts = min(threads, -(-D // self.lanes)) if R * D >= LEAST_SUMS else 1
         out = torch.empty(D, dtype=self.dtype)
         workspace = self._workspace(parts)
-        self._sum_words.pack_into(workspace.buffer, 0, R, D, a.data_ptr(), a.stride(0), out.data_ptr(), parts)
+        self._sum_words.pack_into(workspace.buffer, 0, R, D, a.data_ptr(), a.stride(0), out.data_ptr(), parts, 0)
         self._run(self.addresses[1], workspace, parts)
         return out
 

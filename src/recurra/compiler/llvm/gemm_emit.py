@@ -28,7 +28,8 @@ PRODUCT = (
     *("M", "N", "K", "a", "a_row", "a_column", "b", "b_row", "b_column", "c", "c_row"),
     *("start", "start_row", "start_column", "row_parts", "column_parts", "memory", "apart"),
 )
-SUMS = ("R", "D", "a", "a_row", "out", "parts")
+# more: 1 if the sums are added to what ``out`` has.
+SUMS = ("R", "D", "a", "a_row", "out", "parts", "more")
 # Then the counters, each with a cache line of its own: parts that have been drawn, threads that have come.
 COUNTERS = -(-max(len(PRODUCT), len(SUMS)) // LINE) * LINE
 WORDS = COUNTERS + 2 * LINE
@@ -246,6 +247,7 @@ def _sums(floats: Floats) -> None:
     word = {name: code.entry(words, place, I64) for place, name in enumerate(SUMS)}
     a, out = (b.inttoptr(word[name], POINTER) for name in ("a", "out"))
     R, row = word["R"], word["a_row"]
+    more = b.icmp_unsigned("!=", word["more"], code.number(0))
     vectors = _ceiling(code, word["D"], lanes)
     end = b.sub(word["D"], code.number(lanes))
     partial, total = (b.alloca(floats.vector, SPAN) for _ in range(2))
@@ -271,9 +273,12 @@ def _sums(floats: Floats) -> None:
         with code.loop(spans) as span:
             first, last = (b.add(left, each) for each in _share(code, b.sub(right, left), span, spans))
             count = b.sub(last, first)
-            for memory in (partial, total):
-                with code.loop(count) as vector:
-                    code.store(floats.splat(0.0), code.at(memory, code.times(vector, lanes)))
+            with code.loop(count) as vector:
+                place = code.times(vector, lanes)
+                column = code.smaller(code.times(b.add(first, vector), lanes), end)
+                before = code.load(code.at(out, column))
+                code.store(b.select(more, before, floats.splat(0.0)), code.at(total, place))
+                code.store(floats.splat(0.0), code.at(partial, place))
             turns = b.udiv(R, code.number(AHEAD))
             with code.loop(turns) as turn:
                 top = code.times(turn, AHEAD)

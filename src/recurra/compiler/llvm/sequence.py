@@ -16,15 +16,18 @@ from recurra.compiler.llvm.code import I8, I64, POINTER, VOID, Code, Floats
 from recurra.compiler.llvm.target import Engine, host
 from recurra.compiler.llvm.team import openmp
 
-# What of a call is in the list: the address of a function, that of its words, and how many threads call it.
-CALL = 3
+# What a section begins with: how many calls it has, how many times they are made, how many words move in between. Of a
+# call: the address of a function, that of its words, and how many threads call it. Of a move: which word, what of it is
+# kept (as bits), and what is added.
+SECTION = CALL = MOVE = 3
 # The words of a copy: from where, to where, how many bytes; and of zeros: where, how many bytes.
 COPY, ZEROS = 3, 2
 I32 = ir.IntType(32)
 
 
 class Calls:
-    """The native code. ``run`` takes the address of a list: how many calls, what starts a team, and the calls."""
+    """The native code. ``run`` takes the address of words: how many sections there are, what starts a team, where each
+    section begins, and the sections: their calls, then their moves."""
 
     def __init__(self) -> None:
         module = ir.Module("recurra")
@@ -54,18 +57,30 @@ def _run(floats: Floats) -> None:
     function = ir.Function(floats.module, ir.FunctionType(VOID, [POINTER]), "sequence")
     code = Code(floats, function)
     b, words = code.b, function.args[0]
-    count, start = (code.entry(words, each, I64) for each in range(2))
+    sections, start = (code.entry(words, each, I64) for each in range(2))
     alone = ir.FunctionType(VOID, [POINTER]).as_pointer()
     together = ir.FunctionType(VOID, [I64, POINTER, I32, I32]).as_pointer()
-    with code.loop(count) as index:
-        place = code.plus(code.times(index, CALL), 2)
-        address, members = (code.entry(words, code.plus(place, each), I64) for each in (0, 2))
-        argument = code.entry(words, code.plus(place, 1))
-        with b.if_else(b.icmp_unsigned("==", members, code.number(1))) as (one, many):
-            with one:
-                b.call(b.inttoptr(address, alone), [argument])
-            with many:
-                b.call(b.inttoptr(start, together), [address, argument, b.trunc(members, I32), ir.Constant(I32, 0)])
+    with code.loop(sections) as section:
+        begin = code.entry(words, code.plus(section, 2), I64)
+        count, times, moves = (code.entry(words, code.plus(begin, each), I64) for each in range(3))
+        first = code.plus(begin, SECTION)
+        last = code.plus(first, code.times(count, CALL))
+        with code.loop(times):
+            with code.loop(count) as index:
+                place = code.plus(first, code.times(index, CALL))
+                address, members = (code.entry(words, code.plus(place, each), I64) for each in (0, 2))
+                argument = code.entry(words, code.plus(place, 1))
+                with b.if_else(b.icmp_unsigned("==", members, code.number(1))) as (one, many):
+                    with one:
+                        b.call(b.inttoptr(address, alone), [argument])
+                    with many:
+                        share, nothing = b.trunc(members, I32), ir.Constant(I32, 0)
+                        b.call(b.inttoptr(start, together), [address, argument, share, nothing])
+            with code.loop(moves) as index:
+                place = code.plus(last, code.times(index, MOVE))
+                word, mask, more = (code.entry(words, code.plus(place, each), I64) for each in range(3))
+                target = b.gep(words, [word], source_etype=I64)
+                b.store(b.add(b.and_(b.load(target, typ=I64), mask), more), target)
     b.ret_void()
 
 
