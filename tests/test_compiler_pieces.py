@@ -20,7 +20,7 @@ from paths import by_recurrent
 from recurra import cells
 from recurra.compiler import pieces, script, writer
 from recurra.compiler.llvm import kernel
-from recurra.compiler.llvm.sequence import COPY, calls
+from recurra.compiler.llvm.sequence import COPY, DRAWN, calls
 from recurra.compiler.places import Place, Value
 from recurra.compiler.pool import LEAST
 from recurra.compiler.script import Called, Script, Section, lay_out
@@ -160,8 +160,8 @@ def test_sections_move_over_memory(back):
     size = D * 8
 
     def copy(source, target, count):
-        words = [0] * (COPY - 1) + [count * size]
-        return Called(calls().copy, words, {0: source, 1: target})
+        words = [0, 0, count * size, 2, *[0] * (COPY - 4)]
+        return Called(calls().copy, words, {0: source, 1: target}, [DRAWN])
 
     def piece(count):
         given, brief, seen = (Place(*place, 0, size) for place in (("given", 0), ("value", 0), ("value", 1)))

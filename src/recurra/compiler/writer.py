@@ -19,11 +19,13 @@ from recurra.compiler.llvm.divide import COUNTERS, HEADER, LINE, TABLE
 from recurra.compiler.llvm.gemm_emit import COUNTERS as COUNTED
 from recurra.compiler.llvm.gemm_emit import PRODUCT, SUMS, WORDS
 from recurra.compiler.llvm.kernel import Kernel, give_way
-from recurra.compiler.llvm.sequence import COPY, ZEROS, calls
+from recurra.compiler.llvm.sequence import COPY, DRAWN, ZEROS, calls
 from recurra.compiler.native import NativeLoop
 from recurra.compiler.places import NOWHERE, Place, Total, Value, cut, moved, strides_of
 from recurra.compiler.script import ROOM, Called
 
+# Measured. Bytes from which on a copy is worth a second thread.
+SHARED = 1 << 18
 _TURNS = {torch.permute, torch.t}
 _SIZES = {getattr, operator.mul}
 
@@ -197,7 +199,10 @@ class Writer:
         self.add(when, self.products.addresses[number], words, found, range(COUNTED, WORDS, LINE), members)
 
     def copy(self, when: list[Called], source: Place, target: Place, numbers: int) -> None:
-        self.add(when, calls().copy, [0] * (COPY - 1) + [numbers * self.itemsize], {0: source, 1: target})
+        size = numbers * self.itemsize
+        parts = self.threads if size >= SHARED else 1
+        words = [0, 0, size, parts, *[0] * (COPY - 4)]
+        self.add(when, calls().copy, words, {0: source, 1: target}, [DRAWN], parts)
 
     def fill(self, when: list[Called], value: Value) -> None:
         self.add(when, calls().zeros, [0] * (ZEROS - 1) + [prod(value.shape) * self.itemsize], {0: value.place})

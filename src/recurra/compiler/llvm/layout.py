@@ -72,8 +72,10 @@ class Layout:
         ):
             names += [(name, index) for index in range(count)]
         self.entries = {name: index for index, name in enumerate(names)}
-        # Scratch memory is one array (B, stride) for each of these, one after another. What a carry becomes has two,
-        # of odd and of even steps, for it is written while the one before is read.
+        # Each row has a piece of the scratch memory, with a place for each of these: where it begins, and its size. So
+        # all that a thread writes lies together, and of what lies behind it, which the machine reads in advance, little
+        # is another thread's. What a carry becomes has two places, of odd and of even steps, for it is written while
+        # the one before is read.
         self.slots: dict[tuple[str, int], tuple[int, int]] = {}
         self.scratch = 0
         for place in sorted(plan.homes):
@@ -82,13 +84,13 @@ class Layout:
         for sweep in self.sweeps:
             for place in sweep.region.reductions:
                 self._slot("partial", place, sweep.steps * floats.lanes, floats)
+        # Rows a multiple of a kilobyte apart would fall into the same few cache lines.
+        self.scratch += _LINE // floats.bytes if self.scratch * floats.bytes % 1024 == 0 else 0
 
     def _slot(self, kind: str, index: int, width: int, floats: Floats, copies: int = 1) -> None:
-        # Two threads that write the same cache line wait for one another: each row has its own. But rows a multiple of
-        # a kilobyte apart would fall into the same few.
+        # Two threads that write the same cache line wait for one another.
         line = _LINE // floats.bytes
         stride = -(-width // line) * line
-        stride += 0 if (stride * floats.bytes) % 1024 else line
         self.slots[kind, index] = (self.scratch, stride)
         self.scratch += copies * stride
 

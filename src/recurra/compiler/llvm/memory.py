@@ -31,7 +31,7 @@ class Memory:
         if key not in self._bases:
             code = self.code
             if key in self.layout.slots:
-                self._bases[key] = code.at(self.base("scratch"), code.times(self.B, self.layout.slots[key][0]))
+                self._bases[key] = code.at(self.base("scratch"), self.layout.slots[key][0])
             elif kind == "old":
                 offset = code.times(self.B, 1 + index)
                 self._bases[key] = code.b.gep(self.work, [offset], source_etype=POINTER)
@@ -44,8 +44,7 @@ class Memory:
         return self.code.b.gep(self.base("old", carry), [row], source_etype=POINTER)
 
     def partial(self, place: int, row: ir.Value) -> ir.Value:
-        stride = self.layout.slots["partial", place][1]
-        return self.code.at(self.base("partial", place), self.code.times(row, stride))
+        return self.code.at(self.base("partial", place), self.code.times(row, self.layout.scratch))
 
     def rows(self, view: View) -> Rows:
         """Gives the pointer to a row of what is seen."""
@@ -58,11 +57,11 @@ class Memory:
             index, stride = program.outputs.index(view.place), node.width
             start = self._timed(self.base("output", index), stride)
         elif view.home:
-            stride = self.layout.slots["home", view.place][1]
+            stride = self.layout.scratch
             start = self.base("home", view.place)
             if view.place in program.new:
                 odd = code.b.and_(self._t(), code.number(1))
-                start = code.at(start, code.b.mul(odd, code.times(self.B, stride)))
+                start = code.at(start, code.times(odd, self.layout.slots["home", view.place][1]))
         elif node.op is Op.VECTOR:
             start, stride = self.base("vector", node.index), 0
         else:

@@ -13,6 +13,7 @@ import numpy as np
 from llvmlite import ir
 
 from recurra.compiler.llvm.code import I8, I64, POINTER, VOID, Code, Floats
+from recurra.compiler.llvm.divide import LINE
 from recurra.compiler.llvm.target import Engine, host
 from recurra.compiler.llvm.team import openmp
 
@@ -20,8 +21,9 @@ from recurra.compiler.llvm.team import openmp
 # call: the address of a function, that of its words, and how many threads call it. Of a move: which word, what of it is
 # kept (as bits), and what is added.
 SECTION = CALL = MOVE = 3
-# The words of a copy: from where, to where, how many bytes; and of zeros: where, how many bytes.
-COPY, ZEROS = 3, 2
+# The words of a copy: from where, to where, how many bytes, in how many parts, and which of them has been drawn, in a
+# cache line of its own; and of zeros: where, how many bytes.
+COPY, DRAWN, ZEROS = 2 * LINE, LINE, 2
 I32 = ir.IntType(32)
 
 
@@ -87,12 +89,17 @@ def _run(floats: Floats) -> None:
 def _copy(floats: Floats) -> None:
     function = ir.Function(floats.module, ir.FunctionType(VOID, [POINTER]), "copy")
     code = Code(floats, function)
-    words, no = function.args[0], ir.Constant(ir.IntType(1), 0)
+    b, words, no = code.b, function.args[0], ir.Constant(ir.IntType(1), 0)
     kind = ir.FunctionType(VOID, [POINTER, POINTER, I64, ir.IntType(1)])
-    source, target = (code.entry(words, each) for each in range(2))
     move = floats.declared("llvm.memcpy.p0.p0.i64", kind)
-    code.b.call(move, [target, source, code.entry(words, 2, I64), no])
-    code.b.ret_void()
+    source, target = (code.entry(words, each) for each in range(2))
+    size, parts = (code.entry(words, each, I64) for each in (2, 3))
+    drawn = b.gep(words, [code.number(DRAWN)], source_etype=I64)
+    with code.tickets(lambda: b.atomic_rmw("add", drawn, code.number(1), "monotonic"), parts) as part:
+        begin, end = (b.udiv(b.mul(each, size), parts) for each in (part, code.plus(part, 1)))
+        here, there = (b.gep(each, [begin], source_etype=I8) for each in (source, target))
+        b.call(move, [there, here, b.sub(end, begin), no])
+    b.ret_void()
 
 
 def _zeros(floats: Floats) -> None:
