@@ -27,7 +27,7 @@ from recurra.compiler.script import Called, Script, Section, lay_out
 from recurra.compiler.writer import Writer
 from test_compiler_segment import Between, compiled, segments_of, threads
 
-# In pieces of 3 steps and of 6 with a first one of 4, and one row alone.
+# In pieces of 3 steps and of 7 with a first one of 5, and one row alone.
 SIZES = [(9, 4), (1, 3), (40, 2), (30, 1), (2, 9)]
 STACK = Entry("stack", lambda I, H: cells.Stack(cells.LSTM(I, H), cells.GRU(H, H)), None)
 USUAL = [*(BY_NAME[name] for name in ("Vanilla", "LSTM", "GRU", "GRUResetBefore", "PeepholeLSTM", "Residual")), STACK]
@@ -61,7 +61,7 @@ def test_the_usual_cells_go_in_pieces_each_way(entry, reverse):
     case = draw(entry, 40, 2, 19, 24, *reverse)
     rnn, path = compiled(case)
     assert_agree(record(path, case), record(by_recurrent, case), 1e-11)
-    assert [each.steps for each in written(rnn)] == [6, 6]
+    assert [each.steps for each in written(rnn)] == [7, 7]
 
 
 @given(
@@ -76,8 +76,8 @@ def test_wherever_time_is_cut(T, B, rows, reverse, seed):
         assert_agree(record(path, case), record(by_recurrent, case), 1e-11)
     finally:
         pieces.ROWS = before
-    steps = -(-rows // B)
-    assert all(each.steps <= steps for each in written(rnn))
+    least = -(-rows // B)
+    assert all(min(T, least) <= each.steps <= 2 * least for each in written(rnn))
 
 
 def test_what_nobody_sees_takes_one_pieces_memory():
@@ -87,7 +87,7 @@ def test_what_nobody_sees_takes_one_pieces_memory():
         rnn, path = compiled(case)
         record(path, case)
         rooms.append([max(each.scratch, each.spare) for each in written(rnn)])
-    # Of 6 steps and of as many: only what is of no step is in it beside.
+    # Of 7 steps and of as many: only what is of no step is in it beside.
     assert rooms[0] == rooms[1]
     assert max(rooms[0]) * 8 < LEAST
 
@@ -118,7 +118,7 @@ def test_two_threads_give_the_numbers_of_one_in_pieces(monkeypatch, hidden):
     one, two = found
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert {each.members for each in written(rnn)} == {1, 2}
-    assert {each.steps for each in written(rnn)} == {3}
+    assert {each.steps for each in written(rnn)} == {4}
     assert_agree(one, record(by_recurrent, case), 1e-11)
 
 

@@ -20,9 +20,10 @@ from recurra.compiler.writer import Unfit, Writer
 
 # Bytes of all values above which a call is long, and memory is better given back on the way.
 MOST = 1 << 26
-# Measured, see docs/lab-notes.md. Bytes that nobody sees of a piece of time, and rows that it has at least.
-PIECE = 1 << 23
-ROWS = 512
+# Measured, see docs/lab-notes.md. Bytes that nobody sees, and rows, that a piece of time has at least. Each piece packs
+# the weights of the products anew, and goes over their gradients.
+PIECE = 3 << 21
+ROWS = 2048
 
 
 def write(writer: Writer, kept: Sequence[int | None]) -> Script:
@@ -54,7 +55,7 @@ def _steps(writer: Writer, brief: set[int]) -> int:
     step = sum(prod(writer.shapes[k]) for k in brief) * writer.itemsize // T
     if not writer.divisible or len(writer.directions) != 1 or step == 0:
         return T
-    count: int = -(-T // max(-(-ROWS // writer.call.B), PIECE // step))
+    count = T // max(-(-ROWS // writer.call.B), PIECE // step) or 1
     return -(-T // count)
 
 
