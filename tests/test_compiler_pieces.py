@@ -25,7 +25,7 @@ from recurra.compiler.places import Place, Value
 from recurra.compiler.pool import LEAST
 from recurra.compiler.script import Called, Script, Section, lay_out
 from recurra.compiler.writer import Writer
-from test_compiler_segment import Between, compiled, segments_of, threads
+from test_compiler_segment import Between, compiled, segments_of, threads, told_apart
 
 # In pieces of 3 steps and of 7 with a first one of 5, and one row alone.
 SIZES = [(9, 4), (1, 3), (40, 2), (30, 1), (2, 9)]
@@ -233,13 +233,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_pieces_are_told_apart(name, monkeypatch):
-    case = draw(BY_NAME["LSTM"], 40, 2, 19, 24, "state")
-    expected = record(by_recurrent, case)
-    owner, method, wrong = WRONG[name]
-    right = getattr(owner, method)
-    monkeypatch.setattr(owner, method, lambda self, *rest, **options: wrong(right, self, *rest, **options))
-    _, path = compiled(case)
-    killed(lambda: assert_agree(record(path, case), expected, 1e-11))
+    told_apart(monkeypatch, draw(BY_NAME["LSTM"], 40, 2, 19, 24, "state"), *WRONG[name])
 
 
 def test_one_pieces_memory_for_all_steps_is_told_apart(monkeypatch):
