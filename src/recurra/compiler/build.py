@@ -129,15 +129,17 @@ class Builder:
         places = tuple(part.place for part in parts)
         return self.add(Node(Op.CONCAT, places, sum(part.width for part in parts), parts[0].node.kind))
 
-    def broadcast(self, x: Value, width: int) -> Value:
-        return x if x.width == width else self.add(Node(Op.BROADCAST, (x.place,), width, x.node.kind))
+    def broadcast(self, x: Value, width: int, inner: int = 1) -> Value:
+        """x, seen as (outer, inner), as (outer, many, inner)."""
+        return x if x.width == width else self.add(Node(Op.BROADCAST, (x.place,), width, x.node.kind, inner=inner))
 
-    def sum(self, x: Value) -> Value:
-        return self.add(Node(Op.SUM, (x.place,), 1))
+    def sum(self, x: Value, width: int = 1, inner: int = 1) -> Value:
+        """x, seen as (outer, many, inner), summed over the middle one: ``width`` features."""
+        return self.add(Node(Op.SUM, (x.place,), width, inner=inner))
 
-    def max(self, x: Value) -> Value:
-        """The largest feature; NaN where there is one."""
-        return self.add(Node(Op.MAX, (x.place,), 1))
+    def max(self, x: Value, width: int = 1, inner: int = 1) -> Value:
+        """The largest features, of axes as ``sum`` has them; NaN where there is one."""
+        return self.add(Node(Op.MAX, (x.place,), width, inner=inner))
 
     def mean(self, x: Value) -> Value:
         return self.sum(x) * (1.0 / x.width)

@@ -9,13 +9,13 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 import operator
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -29,6 +29,8 @@ from recurra.errors import BackendError
 Meet = Callable[[list[Value], list[Value]], list[Value]]
 # More pieces than these are gathered one by one.
 _PIECES = 16
+# Axes that are shorter are better taken apart.
+LEAST = 8
 _WHOLE: dict[Op, Op] = {Op.ADD: Op.SUM, Op.MAXIMUM: Op.MAX}
 
 
@@ -41,13 +43,14 @@ class Groups:
     """A reduction over some axes: ``count`` groups of ``size`` features.
 
     order: all features, the first of each group, then the second of each, and so on. member: of each feature, the
-    group.
+    group. inner: how far the features of a group are apart, if they are what a node of the loop IR takes together.
     """
 
     count: int
     size: int
     order: list[int]
     member: list[int]
+    inner: int | None
 
 
 class Features:
@@ -111,33 +114,34 @@ class Features:
 
     def pick(self, values: Sequence[Value], numbers: Sequence[int], fill: float = 0.0) -> Value:
         """The features of these numbers. The values' are counted on from one to the next, from 1 on; 0 is ``fill``."""
-        if len(numbers) > 1 and len(set(numbers)) == 1:
+        asked = np.asarray(numbers)
+        if len(asked) > 1 and (asked == asked[0]).all():
             return self.b.broadcast(self.pick(values, numbers[:1], fill), len(numbers))
         nothing = self.of_kind(self.b.constant(fill), values[0].node.kind)
-        firsts = list(accumulate((value.width for value in values[:-1]), initial=1))
-        runs: list[list[int]] = []
-        for number in numbers:
-            if runs and number == (sum(runs[-1]) if runs[-1][0] else 0) and number not in firsts:
-                runs[-1][1] += 1
-            else:
-                runs.append([number, 1])
-        if len(runs) <= _PIECES:
+        firsts = np.array(list(accumulate((value.width for value in values[:-1]), initial=1)))
+        # Which value each is of, 0 of none; and its number in that value.
+        which = np.searchsorted(firsts, asked, side="right")
+        inside = asked - np.concatenate([[0], firsts])[which]
+        if which[0] and (which == which[0]).all() and (axes := _axes(inside)) is not None:
+            width, inner = axes
+            return self.b.broadcast(self.part(values[which[0] - 1], int(inside[0]), width), len(asked), inner)
+        runs_on = (which[1:] == which[:-1]) & (np.diff(inside) == (which[1:] != 0))
+        starts = np.flatnonzero(np.concatenate([[True], ~runs_on]))
+        if len(starts) <= _PIECES:
             pieces = []
-            for number, size in runs:
-                if number == 0:
+            for start, size in zip(starts, np.diff([*starts, len(asked)]).tolist(), strict=True):
+                if which[start] == 0:
                     pieces.append(self.b.broadcast(nothing, size))
                 else:
-                    which = bisect_right(firsts, number) - 1
-                    pieces.append(self.part(values[which], number - firsts[which], size))
+                    pieces.append(self.part(values[which[start] - 1], int(inside[start]), size))
             return self.join(pieces)
-        used = sorted({bisect_right(firsts, number) - 1 for number in numbers if number})
-        at, place = {}, 0
-        for which in used:
-            at.update({firsts[which] + k: place + k for k in range(values[which].width)})
-            place += values[which].width
-        at[0] = place
-        parts = [values[which] for which in used] + ([nothing] if 0 in numbers else [])
-        return self.b.gather(self.join(parts), [at[number] for number in numbers])
+        used = np.unique(which)
+        parts = [values[number - 1] for number in used if number] + ([nothing] if used[0] == 0 else [])
+        widths = np.array([0 if number == 0 else values[number - 1].width for number in range(len(values) + 1)])
+        places = np.zeros(len(values) + 1, np.int64)
+        places[used] = np.cumsum(widths[used]) - widths[used]
+        places[0] = sum(widths[used])
+        return self.b.gather(self.join(parts), (places[which] + inside).tolist())
 
     def part(self, value: Value, start: int, size: int) -> Value:
         return value if size == value.width else self.b.slice(value, start, size)
@@ -163,23 +167,30 @@ class Features:
             raise refusal(node, "it works along the batch")
         kept = [axis for axis in range(len(shape)) if axis not in gone]
         size, count = prod(shape[axis] for axis in gone), prod(shape[axis] for axis in kept)
+        longer = [axis for axis, length in enumerate(shape) if length > 1]
+        at = [place for place, axis in enumerate(longer) if axis in gone]
+        neighbours = not at or at[-1] - at[0] == len(at) - 1
+        inner = prod(shape[axis] for axis in longer[at[-1] + 1 :]) if at else 1
         order = self.numbers(source).permute([*gone, *kept]).flatten().tolist()
         member = torch.arange(count).view([1 if axis in gone else n for axis, n in enumerate(shape)]).expand(shape)
-        return Groups(count, size, order, member.flatten().tolist())
+        return Groups(count, size, order, member.flatten().tolist(), inner if neighbours else None)
 
     def reduce(self, value: Value, groups: Groups, op: Op) -> Value:
         """One number for each group, by ADD, MUL, MAXIMUM, MINIMUM."""
         if groups.size == 1:
             return value
-        if groups.count == 1 and op in _WHOLE:
-            return self.b.add(Node(_WHOLE[op], (value.place,), 1))
+        if op in _WHOLE and groups.inner is not None:
+            apart = groups.size >= LEAST and (groups.inner == 1 or groups.inner >= LEAST)
+            if groups.count == 1 or apart:
+                return self.b.add(Node(_WHOLE[op], (value.place,), groups.count, inner=groups.inner))
         parts = [self.regroup(value, groups)]
         return self.fold(parts, groups.size, lambda low, high: [self.b.apply(op, low[0], high[0])])[0]
 
     def total(self, value: Value, size: int) -> Value:
         """The sum of ``size`` stretches of features."""
-        if size == value.width:
-            return self.b.sum(value)
+        width = value.width // size
+        if width == 1 or (size >= LEAST and width >= LEAST):
+            return self.b.sum(value, width, width)
         return self.fold([value], size, lambda low, high: [self.b.apply(Op.ADD, low[0], high[0])])[0]
 
     def regroup(self, value: Value, groups: Groups) -> Value:
@@ -238,6 +249,18 @@ class Features:
         for layer in layers:
             total = self.b.apply(Op.ADD, total, self.pick([value], layer))
         return total
+
+
+def _axes(numbers: np.ndarray) -> tuple[int, int] | None:
+    """How many features from the first on, and their inner axis, if a broadcast of these gives the numbers."""
+    above = numbers - numbers[0]
+    width = int(above.max()) + 1
+    many = len(above) // width
+    inner = int(np.argmax(above != np.arange(len(above))))
+    if above.min() < 0 or many < LEAST or 1 < inner < LEAST or len(above) % width or inner < 1 or width % inner:
+        return None
+    expected = np.arange(width).reshape(-1, 1, inner).repeat(many, axis=1).ravel()
+    return (width, inner) if np.array_equal(above, expected) else None
 
 
 def known(node: fx.Node) -> Tensor | None:

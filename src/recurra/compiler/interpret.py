@@ -66,11 +66,13 @@ def _value(node: Node, args: list[Array], operands: Operands, state: list[Array]
         case Op.CONCAT:
             return np.asarray(np.concatenate(args, axis=1))
         case Op.BROADCAST:
-            return np.broadcast_to(args[0], (B, node.width))
-        case Op.SUM:
-            return np.asarray(args[0].sum(axis=1, keepdims=True))
-        case Op.MAX:
-            return np.asarray(args[0].max(axis=1, keepdims=True))
+            outer, many = args[0].shape[1] // node.inner, node.width // args[0].shape[1]
+            return np.asarray(args[0].reshape(B, outer, 1, node.inner).repeat(many, axis=2).reshape(B, node.width))
+        case Op.SUM | Op.MAX:
+            outer, many = node.width // node.inner, args[0].shape[1] // node.width
+            apart = args[0].reshape(B, outer, many, node.inner)
+            found = apart.sum(axis=2) if node.op is Op.SUM else apart.max(axis=2)
+            return np.asarray(found.reshape(B, node.width))
         case Op.POW:
             return np.asarray(np.power(args[0], np.asarray(node.number, dtype)))
         case _:

@@ -103,6 +103,8 @@ class Node:
 
     index: which carry, input, row, vector or matrix. transposed: the product is with the matrix's transpose.
     start: the first feature of a slice; the first column of a matrix, once it is transposed, and top its first row.
+    inner: a reduction takes features together that are ``inner`` apart, of axes (outer, many, inner) the middle one; a
+    broadcast gives what a reduction of that ``inner`` takes.
     features: those that a gather takes, in its order. number: of a constant; the exponent of pow.
     """
 
@@ -116,6 +118,7 @@ class Node:
     number: float = 0.0
     top: int = 0
     features: tuple[int, ...] = ()
+    inner: int = 1
 
     def __str__(self) -> str:
         args = "".join(f" %{arg}" for arg in self.args)
@@ -126,6 +129,8 @@ class Node:
             notes.append(f"start={self.start}")
         if self.top:
             notes.append(f"top={self.top}")
+        if self.inner != 1:
+            notes.append(f"inner={self.inner}")
         if self.features:
             notes.append(f"features={','.join(map(str, self.features))}")
         if self.transposed:
@@ -208,6 +213,7 @@ def parse(text: str) -> Program:
                 number=float(notes.get("number", 0)),
                 top=int(notes.get("top", 0)),
                 features=tuple(int(each) for each in notes.get("features", "").split(",") if each),
+                inner=int(notes.get("inner", 1)),
             )
         )
 

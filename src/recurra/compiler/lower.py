@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from recurra.compiler.build import Builder, Value
-from recurra.compiler.features import Features, refusal
+from recurra.compiler.features import LEAST, Features, refusal
 from recurra.compiler.ir import Node, Op, Program
 from recurra.compiler.operations import POINTWISE, as_bool, as_float, truncated
 from recurra.compiler.passes import drop_unused, optimise
@@ -279,10 +279,42 @@ class Lowering(Features):
             found = [self.times(self.pick([x], c.tolist()), matrix, head, True, n) for head, c in columns]
             order = torch.arange(1, heads * p * n + 1).view(heads, p, n).transpose(1, 2)
             return self.pick([self.join(found)], order.flatten().tolist())
+        if n == 1 or p == 1:
+            sums = self.matrix_of_row(m, a, 0) if n == 1 else self.matrix_of_row(a, m, 1)
+            if sums is not None:
+                return sums
+        if p >= LEAST:
+            # As (heads, n, k, p).
+            x = self.b.broadcast(self.number(a), heads * n * k * p)
+            y = self.b.broadcast(self.number(m), heads * n * k * p, k * p)
+            return self.b.sum(x * y, heads * n * p, p)
         shape = (k, heads, n, p)
         x = self.pick([self.number(a)], left.permute(2, 0, 1)[..., None].expand(shape).flatten().tolist())
         y = self.pick([self.number(m)], right.permute(1, 0, 2)[:, :, None].expand(shape).flatten().tolist())
         return self.total(self.b.apply(Op.MUL, x, y), k)
+
+    def matrix_of_row(self, matrix: fx.Node, vector: fx.Node, over: int) -> Value | None:
+        """The sums over rows (0) or columns (1) of each row's own matrices, times a vector; None where they are small.
+
+        Whether the matrices are turned changes only which of the two it is.
+        """
+        node = matrix
+        while _packet(node) in _SAME | {_aten.expand} and self.shape(node) == self.shape(node.all_input_nodes[0]):
+            node = node.all_input_nodes[0]
+        turned = _order(node, node.all_input_nodes[0]) if node.all_input_nodes else None
+        dimensions = len(self.shape(node))
+        source = next(iter(node.all_input_nodes), node)
+        at_hand = source in self.mine or source in self.values or source in self.forms
+        if turned == [*range(dimensions - 2), dimensions - 1, dimensions - 2] and at_hand:
+            node, over = source, 1 - over
+        heads, rows, columns = (1, *self.shape(node))[-3:]
+        if columns < LEAST:
+            return None
+        width = heads * rows * columns
+        x, y = self.number(node), self.number(vector)
+        if over == 1:
+            return self.b.sum(x * self.b.broadcast(y, width, columns), heads * rows)
+        return self.b.sum(x * self.b.broadcast(y, width), heads * columns, columns)
 
     def shared(self, matrix: fx.Node) -> fx.Node | None:
         """What the matrix, or each of a batch of them, is, where that is the same at all steps and for all rows."""

@@ -114,12 +114,12 @@ def simplify(program: Program) -> Program:
             return _slice(rewriter, node.args[0], node.start, node.width)
         if node.op is Op.GATHER:
             return _gather(rewriter, node.args[0], node.features)
-        if node.op is Op.BROADCAST and (node.width == 1 or args[0].op is Op.BROADCAST):
-            inner = node.args[0] if node.width == 1 else args[0].args[0]
-            return inner if node.width == 1 else rewriter.add(replace(node, args=(inner,)))
+        if node.op is Op.BROADCAST or node.op in REDUCTIONS:
+            if node.width == args[0].width:
+                return node.args[0]
+            if node.op is Op.BROADCAST and _is_one_number(rewriter, node.args[0]):
+                return rewriter.add(replace(node, args=args[0].args, inner=1))
         if node.op is Op.CONCAT and len(args) == 1:
-            return node.args[0]
-        if node.op in REDUCTIONS and args[0].width == 1:
             return node.args[0]
         if node.op in POINTWISE:
             return _pointwise(rewriter, node, args)
@@ -138,7 +138,15 @@ def _slice(rewriter: _Rewriter, place: int, start: int, width: int) -> int:
     if source.op is Op.GATHER:
         return _gather(rewriter, source.args[0], source.features[start : start + width])
     if source.op is Op.BROADCAST:
-        return rewriter.add(replace(source, width=width)) if width > 1 else source.args[0]
+        if _is_one_number(rewriter, place):
+            return rewriter.add(replace(source, width=width)) if width > 1 else source.args[0]
+        block = source.inner * (source.width // rewriter.nodes[source.args[0]].width)
+        if start % block == width % block == 0:
+            first, count = (number // block * source.inner for number in (start, width))
+            return rewriter.add(replace(source, args=(_slice(rewriter, source.args[0], first, count),), width=width))
+        inner, offset = start // block * source.inner, start % source.inner
+        if offset + width <= source.inner:
+            return _slice(rewriter, source.args[0], inner + offset, width)
     if source.op is Op.CONCAT:
         parts, at = [], 0
         for part in source.args:
@@ -159,7 +167,8 @@ def _gather(rewriter: _Rewriter, place: int, features: tuple[int, ...]) -> int:
     if len(set(features)) == 1:
         return rewriter.add(Node(Op.BROADCAST, (_slice(rewriter, place, first, 1),), width, source.kind))
     if source.op is Op.BROADCAST:
-        return rewriter.add(replace(source, width=width))
+        block, inner = source.inner * (source.width // rewriter.nodes[source.args[0]].width), source.inner
+        return _gather(rewriter, source.args[0], tuple(each // block * inner + each % inner for each in features))
     if source.op is Op.SLICE:
         return _gather(rewriter, source.args[0], tuple(source.start + each for each in features))
     if source.op is Op.GATHER:
@@ -176,8 +185,13 @@ def _gather(rewriter: _Rewriter, place: int, features: tuple[int, ...]) -> int:
 
 def _pointwise(rewriter: _Rewriter, node: Node, args: list[Node]) -> int:
     if node.width > 1 and all(arg.op is Op.BROADCAST for arg in args):
-        inner = rewriter.add(replace(node, args=tuple(arg.args[0] for arg in args), width=1))
-        return rewriter.add(Node(Op.BROADCAST, (inner,), node.width, node.kind))
+        # One number is broadcast in every way.
+        ways = {(rewriter.nodes[arg.args[0]].width, arg.inner) for arg in args} - {(1, 1)} or {(1, 1)}
+        if len(ways) == 1:
+            ((width, inner),) = ways
+            narrow = tuple(_widened(rewriter, arg.args[0], width) for arg in args)
+            found = rewriter.add(replace(node, args=narrow, width=width))
+            return rewriter.add(Node(Op.BROADCAST, (found,), node.width, node.kind, inner=inner))
     if node.kind is Kind.FLOAT and node.op is not Op.WHERE and all(arg.op is Op.CONST for arg in args):
         numbers = [np.float64(arg.number) for arg in args]
         with np.errstate(all="ignore"):
@@ -190,6 +204,12 @@ def _pointwise(rewriter: _Rewriter, node: Node, args: list[Node]) -> int:
     if node.op is Op.MUL and _is_one(rewriter, node.args[0]):
         return node.args[1]
     return rewriter.add(node)
+
+
+def _is_one_number(rewriter: _Rewriter, place: int) -> bool:
+    """Whether a value is a broadcast of a single number."""
+    node = rewriter.nodes[place]
+    return node.op is Op.BROADCAST and rewriter.nodes[node.args[0]].width == 1
 
 
 def _is_one(rewriter: _Rewriter, place: int) -> bool:

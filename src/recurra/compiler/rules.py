@@ -238,7 +238,7 @@ def _group_norm(
 ) -> tuple[Value, ...]:  # fmt: skip
     value, size = to.number(x), channels * rest // count
     order = torch.arange(count * size).view(count, size)
-    groups = Groups(count, size, order.T.flatten().tolist(), (order // size).flatten().tolist())
+    groups = Groups(count, size, order.T.flatten().tolist(), (order // size).flatten().tolist(), 1)
     mean = to.mean(value, groups)
     apart = value - to.back(mean, groups)
     scale = 1.0 / to.b.apply(Op.SQRT, to.mean(apart * apart, groups) + float(eps))

@@ -87,12 +87,17 @@ def _check_widths(program: Program, node: Node, args: list[Node]) -> None:
         _expect(bool(args), "concat takes at least 1 value")
         _same(node, sum(arg.width for arg in args), "what it joins")
     elif node.op is Op.BROADCAST:
-        _expect(args[0].width == 1, f"%{node.args[0]} has width {args[0].width}, only width 1 is broadcast")
+        _check_axes(node, node.width, args[0].width)
     elif node.op in REDUCTIONS:
-        _same(node, 1, "a reduction")
+        _check_axes(node, args[0].width, node.width)
     elif node.op in POINTWISE:
         for place, arg in zip(node.args, args, strict=True):
             _expect(arg.width == node.width, f"%{place} has width {arg.width}, not {node.width}")
+
+
+def _check_axes(node: Node, wide: int, narrow: int) -> None:
+    fits = node.inner > 0 and wide % narrow == 0 and narrow % node.inner == 0
+    _expect(fits, f"{wide} features are no axes (outer, many, {node.inner}) where {narrow} are (outer, {node.inner})")
 
 
 def _same(node: Node, width: int, what: str) -> None:

@@ -63,8 +63,8 @@ class Floats:
         return self.declared(f"llvm.masked.gather.{self._short}.v{self.lanes}p0", kind)
 
     def table(self, numbers: Sequence[int]) -> ir.GlobalVariable:
-        """Whole numbers in the module, filled up with zeros to whole vectors."""
-        padded = [*numbers, *[0] * (-len(numbers) % self.lanes)]
+        """Whole numbers in the module, and zeros, so that a vector can be read from each of them on."""
+        padded = [*numbers, *[0] * self.lanes]
         kind = ir.ArrayType(I64, len(padded))
         made = ir.GlobalVariable(self.module, kind, self.module.get_unique_name("table"))
         made.linkage, made.global_constant, made.initializer = "internal", True, ir.Constant(kind, padded)

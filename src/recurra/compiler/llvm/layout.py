@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
 
+from recurra.compiler.ir import Program
 from recurra.compiler.llvm.code import Floats
 from recurra.compiler.regions import Plan, Region, View
 
@@ -15,6 +17,8 @@ from recurra.compiler.regions import Plan, Region, View
 BLOCK = 16
 # Bytes of a cache line.
 _LINE = 64
+# Into how many steps a sweep of matrices is cut at least, if it can be.
+_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,36 @@ class Group:
 
 @dataclass(frozen=True)
 class Sweep:
-    """How a region is swept: in steps of ``stride`` vectors, and in tiles of up to ``rows`` rows."""
+    """How a region is swept: in steps of ``stride`` vectors, and in tiles of up to ``rows`` rows.
+
+    Where it has stretches, they have ``vectors``. Blocks of ``period`` stretches are cut into ``chunks``, which are the
+    steps. ``finished`` are the reductions that are not done when all steps are.
+    """
 
     region: Region
     groups: tuple[Group, ...]
     vectors: int
+    lanes: int
     stride: int
     rows: int
+    finished: tuple[int, ...] = ()
+    period: int = 0
+    chunks: int = 0
 
     @property
     def steps(self) -> int:
+        if self.chunks:
+            return self.region.width // self.region.stretch // self.period * self.chunks
         return -(-self.vectors // self.stride)
+
+    def partial(self, place: int, program: Program) -> int:
+        """How many partial numbers a reduction has in each row."""
+        node, lanes = program.nodes[place], self.lanes
+        if not self.chunks:
+            return self.steps * lanes
+        if node.inner == 1:
+            return self.region.width // self.region.stretch
+        return self.steps * (self.period // (self.region.width // node.width)) * self.vectors * lanes
 
 
 class Layout:
@@ -83,7 +106,7 @@ class Layout:
                 self._slot("home", place, program.nodes[place].width, floats, 2 if place in program.new else 1)
         for sweep in self.sweeps:
             for place in sweep.region.reductions:
-                self._slot("partial", place, sweep.steps * floats.lanes, floats)
+                self._slot("partial", place, sweep.partial(place, program), floats)
         # Rows a multiple of a kilobyte apart would fall into the same few cache lines.
         self.scratch += _LINE // floats.bytes if self.scratch * floats.bytes % 1024 == 0 else 0
 
@@ -96,6 +119,8 @@ class Layout:
 
     def _sweep(self, region: Region, floats: Floats) -> Sweep:
         most = 4 if floats.registers == 32 else 2
+        if region.stretch < region.width:
+            return self._stretches(region, floats)
         vectors = -(-region.width // floats.lanes)
         by_source: dict[View, list[int]] = {}
         for product in region.products:
@@ -113,12 +138,22 @@ class Layout:
         widest = most // max((len(group.products) for group in groups), default=1)
         stride = -(-vectors // -(-vectors // widest))
         rows = min((tile_rows(len(group.products) * stride, floats) for group in groups), default=1)
-        return Sweep(region, tuple(groups), vectors, stride, rows)
+        return Sweep(region, tuple(groups), vectors, floats.lanes, stride, rows, region.reductions)
+
+    def _stretches(self, region: Region, floats: Floats) -> Sweep:
+        stretch, count = region.stretch, region.width // region.stretch
+        nodes = self.program.nodes
+        over = [place for place in region.reductions if nodes[place].inner > 1]
+        period = lcm(*(region.width // nodes[k].width * nodes[k].inner // stretch for k in over)) if over else count
+        chunks = min(period, -(-_STEPS // (count // period)))
+        finished = [k for k in region.reductions if k in over or region.width // nodes[k].width > stretch]
+        vectors = -(-stretch // floats.lanes)
+        return Sweep(region, (), vectors, floats.lanes, 1, 1, tuple(finished), period, chunks)
 
     @property
     def stages(self) -> int:
         """How often threads that divide the features wait for each other in a step."""
-        return sum(2 if sweep.region.reductions else 1 for sweep in self.sweeps)
+        return sum(2 if sweep.finished else 1 for sweep in self.sweeps)
 
     @cached_property
     def pieces(self) -> tuple[tuple[Sweep, Group, bool, int], ...]:

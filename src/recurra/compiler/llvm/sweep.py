@@ -5,18 +5,18 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llvmlite import ir
 
-from recurra.compiler.ir import COMPARISONS, Kind, Node, Op
-from recurra.compiler.llvm import maths
-from recurra.compiler.llvm.code import I32, I64, POINTER, VOID, Code, Floats
+from recurra.compiler.ir import Node, Op
+from recurra.compiler.llvm.body import REDUCE, Body, across
+from recurra.compiler.llvm.code import I64, POINTER, VOID, Code, Floats
 from recurra.compiler.llvm.layout import Group, Layout, Sweep
 from recurra.compiler.llvm.memory import Memory
 from recurra.compiler.llvm.product import product
+from recurra.compiler.llvm.stretches import Stretches
 from recurra.compiler.regions import View
 
 # f(table, B, t, work, active, count, begin, end): a stage of time t, for the ``count`` rows that ``active`` lists, in
@@ -36,44 +36,42 @@ def sweep_function(floats: Floats, layout: Layout, sweep: Sweep, name: str) -> i
     code = Code(floats, function)
     table, B, t, work, active, count, begin, end = function.args
     memory = Memory(code, layout, table, work, B, t)
-    _Sweep(code, layout, sweep, memory, active, count).emit(begin, end)
+    kind = _Sweep if sweep.chunks == 0 else Stretches
+    kind(code, layout, sweep, memory, active, count).emit(begin, end)
     return function
 
 
 def finish_function(floats: Floats, layout: Layout, sweep: Sweep, name: str) -> ir.Function | None:
     """A stage whose pieces are the rows: the region's reductions, when all its steps are done."""
-    if not sweep.region.reductions:
+    if not sweep.finished:
         return None
     function = floats.function(name, STAGE.args)
     code = Code(floats, function)
-    table, B, t, work, active, _, begin, end = function.args
+    table, B, t, work, active, count, begin, end = function.args
     memory = Memory(code, layout, table, work, B, t)
-    for place in sweep.region.reductions:
+    body = None if sweep.chunks == 0 else Stretches(code, layout, sweep, memory, active, count)
+    for place in sweep.finished:
         start = memory.rows(View(place, True))
         memory.base("partial", place)
         with code.loop(end, begin) as index:
             row = code.entry(active, index, I64)
-            _finish(code, layout.program.nodes[place], sweep.steps, memory.partial(place, row), start(row))
+            if body is None:
+                _finish(code, layout.program.nodes[place], sweep.steps, memory.partial(place, row), start(row))
+            else:
+                body.finish(place, memory.partial(place, row), start(row))
     code.b.ret_void()
     return function
 
 
 def _finish(code: Code, node: Node, steps: int, partials: ir.Value, target: ir.Value) -> None:
     """One number from the partial ones of each step and lane."""
-    lanes = code.floats.lanes
     value = code.load(partials)
     if steps > 1:
         with code.sums([value], steps, 1) as (step, (total,), following):
-            more = code.load(code.at(partials, code.times(step, lanes)))
-            following.append(_REDUCE[node.op](code, total, more))
+            more = code.load(code.at(partials, code.times(step, code.floats.lanes)))
+            following.append(REDUCE[node.op](code, total, more))
         (value,) = following
-    half = lanes // 2
-    while half:
-        order = [(lane + half) % lanes for lane in range(lanes)]
-        order = ir.Constant(ir.VectorType(I32, lanes), order)
-        value = _REDUCE[node.op](code, value, code.b.shuffle_vector(value, value, order))
-        half //= 2
-    code.store_first(value, target)
+    code.store_first(across(code, node.op, value), target)
 
 
 @dataclass(frozen=True)
@@ -84,43 +82,17 @@ class Pointers:
     partials: Mapping[int, ir.Value]
 
 
-class _Sweep:
-    def __init__(
-        self, code: Code, layout: Layout, sweep: Sweep, memory: Memory, active: ir.Value, count: ir.Value
-    ) -> None:
-        self.code, self.floats, self.layout, self.sweep, self.memory = code, code.floats, layout, sweep, memory
-        self.region, self.plan, self.nodes = sweep.region, layout.plan, layout.program.nodes
-        self.active, self.count = active, count
-        self.here = {*self.region.products, *self.region.pointwise}
-        self.views = {view: memory.rows(view) for view in self._views()}
-        for place in self.region.reductions:
-            memory.base("partial", place)
-
+class _Sweep(Body):
     def emit(self, begin: ir.Value, end: ir.Value) -> None:
         code = self.code
         if self.sweep.groups:
             self._products(begin, end)
         elif self.region.stores or self.region.reductions:
             with code.loop(self.count) as index:
-                row = self._row(index)
+                row = self.row(index)
                 with code.loop(end, begin) as step:
                     self._row_of_step(step, row, index, [])
         code.b.ret_void()
-
-    # Rows and views
-
-    def _row(self, index: ir.Value) -> ir.Value:
-        return self.code.entry(self.active, index, I64)
-
-    def _views(self) -> list[View]:
-        """Everything that the body reads or writes row by row."""
-        args = [arg for place in self.region.pointwise for arg in self.nodes[place].args]
-        args += [arg for place in self.region.reductions for arg in self.nodes[place].args]
-        args += [store.value for store in self.region.stores]
-        views = [self.plan.view(arg) for arg in args if arg not in self.here]
-        views = [view for view in views if view.home or self.nodes[view.place].op is not Op.CONST]
-        views += [View(store.home, True, store.start) for store in self.region.stores]
-        return list(dict.fromkeys(views))
 
     def _vectors(self, step: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The first vector of a step, and how many it has."""
@@ -136,7 +108,7 @@ class _Sweep:
             offset = code.times(step, self.floats.lanes)
             partials[place] = code.at(self.memory.partial(place, row), offset)
             # Each step has its own, so that the sum does not depend on who takes which steps.
-            code.store(self.floats.splat(_NEUTRAL[self.nodes[place].op]), partials[place])
+            code.store(self.neutral(place), partials[place])
         pointers = Pointers({view: rows(row) for view, rows in self.views.items()}, partials)
         first, vectors = self._vectors(step)
         with code.loop(vectors) as vector:
@@ -164,7 +136,7 @@ class _Sweep:
             with code.sums([code.number(0)], tiles) as (tile, (top,), following):
                 rows = code.plus(height, code.b.zext(code.b.icmp_unsigned("<", tile, higher), I64))
                 with code.loop(rows) as index:
-                    row = self._row(code.plus(top, index))
+                    row = self.row(code.plus(top, index))
                     for found, source in zip(rows_of, sources, strict=True):
                         code.b.store(found(row), code.b.gep(source, [index], source_etype=POINTER))
                 for group, panel, source, buffer in zip(sweep.groups, panels, sources, buffers, strict=True):
@@ -173,7 +145,7 @@ class _Sweep:
                         group, vectors, [code.at(panel, offset), source, rows, code.number(group.length), buffer]
                     )
                 with code.loop(rows) as index:
-                    self._row_of_step(step, self._row(code.plus(top, index)), index, buffers)
+                    self._row_of_step(step, self.row(code.plus(top, index)), index, buffers)
                 following.append(code.plus(top, rows))
 
     def _call(self, group: Group, vectors: ir.Value, arguments: list[ir.Value]) -> None:
@@ -226,91 +198,20 @@ class _Sweep:
         tiled: Mapping[int, ir.Value],
         mask: ir.Value | None,
     ) -> None:
-        code, b = self.code, self.code.b
-        values = {place: code.load(pointer) for place, pointer in tiled.items()}
-        read: dict[tuple[View, Kind], ir.Value] = {}
+        code = self.code
+        given = {place: code.load(pointer) for place, pointer in tiled.items()}
+        operand = self.values(given, lambda view, kind: self._read(view, pointers, offset, mask))
+        for place, kept in pointers.partials.items():
+            code.store(self.reduced(place, operand, code.load(kept), mask), kept)
+        self.keep(operand, lambda view: code.at(pointers.views[view], offset), mask)
 
-        def operand(place: int) -> ir.Value:
-            if place in self.here:
-                return values[place]
-            view, kind = self.plan.view(place), self.nodes[place].kind
-            if (view, kind) not in read:
-                read[view, kind] = self._read(view, kind, pointers, offset, mask)
-            return read[view, kind]
-
-        for place in self.region.pointwise:
-            node = self.nodes[place]
-            values[place] = pointwise(code, node, [operand(arg) for arg in node.args])
-        for place in self.region.reductions:
-            node = self.nodes[place]
-            value = operand(node.args[0])
-            if mask is not None:
-                value = b.select(mask, value, self.floats.splat(_NEUTRAL[node.op]))
-            kept = pointers.partials[place]
-            code.store(_REDUCE[node.op](code, code.load(kept), value), kept)
-        for store in self.region.stores:
-            value = operand(store.value)
-            if self.nodes[store.value].kind is Kind.BOOL:
-                value = b.select(value, self.floats.splat(1.0), self.floats.splat(0.0))
-            code.store(value, code.at(pointers.views[View(store.home, True, store.start)], offset), mask)
-
-    def _read(self, view: View, kind: Kind, pointers: Pointers, offset: ir.Value, mask: ir.Value | None) -> ir.Value:
-        code, node = self.code, self.nodes[view.place]
-        if node.op is Op.CONST and not view.home:
-            return self.floats.splat(node.number)
+    def _read(self, view: View, pointers: Pointers, offset: ir.Value, mask: ir.Value | None) -> ir.Value:
+        code, pointer = self.code, pointers.views[view]
         if view.splat:
-            value = code.load_splat(pointers.views[view])
-        elif view.features:
-            value = code.gather(pointers.views[view], view.features, offset, mask)
-        else:
-            value = code.load(code.at(pointers.views[view], offset), mask)
-            if node.op is Op.INPUT and not view.home and self.sweep.groups:
-                # A tile reads a few features of many rows, too many streams for the machine to foresee.
-                code.prefetch(code.at(pointers.views[view], code.plus(offset, self.floats.lanes * self.sweep.stride)))
-        return code.b.fcmp_unordered("!=", value, self.floats.splat(0.0)) if kind is Kind.BOOL else value
-
-
-def pointwise(code: Code, node: Node, args: list[ir.Value]) -> ir.Value:
-    """One operation on whole vectors."""
-    b, op = code.b, node.op
-    if op in COMPARISONS:
-        if op is Op.NE:
-            return b.fcmp_unordered("!=", *args)
-        return b.fcmp_ordered(_COMPARE[op], *args)
-    if op in _SIMPLE:
-        return _SIMPLE[op](code, *args)
-    if op is Op.POW:
-        return maths.power(code, args[0], node.number)
-    return maths.call(code, op.value, args[0])
-
-
-def _extreme(code: Code, sign: str, left: ir.Value, right: ir.Value) -> ir.Value:
-    # The comparison with NaN is false and gives right: that is NaN if right is; left has to be asked.
-    b = code.b
-    chosen = b.select(b.fcmp_ordered(sign, left, right), left, right)
-    return b.select(b.fcmp_unordered("uno", left, left), left, chosen)
-
-
-def _maximum(code: Code, left: ir.Value, right: ir.Value) -> ir.Value:
-    return _extreme(code, ">", left, right)
-
-
-_COMPARE = {Op.LT: "<", Op.LE: "<=", Op.GT: ">", Op.GE: ">=", Op.EQ: "=="}
-_NEUTRAL = {Op.SUM: 0.0, Op.MAX: -math.inf}
-_REDUCE: dict[Op, Callable[[Code, ir.Value, ir.Value], ir.Value]] = {
-    Op.SUM: lambda code, left, right: code.b.fadd(left, right),
-    Op.MAX: _maximum,
-}
-_SIMPLE: dict[Op, Callable[..., ir.Value]] = {
-    Op.ADD: lambda code, left, right: code.b.fadd(left, right),
-    Op.SUB: lambda code, left, right: code.b.fsub(left, right),
-    Op.MUL: lambda code, left, right: code.b.fmul(left, right),
-    Op.DIV: lambda code, left, right: code.b.fdiv(left, right),
-    Op.NEG: lambda code, x: code.b.fneg(x),
-    Op.MAXIMUM: _maximum,
-    Op.MINIMUM: lambda code, left, right: _extreme(code, "<", left, right),
-    Op.AND: lambda code, left, right: code.b.and_(left, right),
-    Op.OR: lambda code, left, right: code.b.or_(left, right),
-    Op.NOT: lambda code, x: code.b.not_(x),
-    Op.WHERE: lambda code, chosen, left, right: code.b.select(chosen, left, right),
-}
+            return code.load_splat(pointer)
+        if view.features:
+            return code.gather(pointer, view.features, offset, mask)
+        if self.nodes[view.place].op is Op.INPUT and not view.home and self.sweep.groups:
+            # A tile reads a few features of many rows, too many streams for the machine to foresee.
+            code.prefetch(code.at(pointer, code.plus(offset, self.floats.lanes * self.sweep.stride)))
+        return code.load(code.at(pointer, offset), mask)
