@@ -5,6 +5,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,10 @@ from recurra.compiler.rows import VIEWS, Rows
 from recurra.compiler.schedule import BATCHED, LOOP, Stage
 
 _aten = torch.ops.aten
+# How much less that is at least.
+_LEAST = 8
 _WORTH = POINTWISE.keys() | {_aten.cat}
+_SHRINKS = {_aten.bmm, _aten.sum}
 _VIEWS = {view.overloadpacket for view in VIEWS} | {_aten.unsqueeze, _aten.squeeze}
 
 
@@ -27,39 +31,102 @@ def absorb(
     rows: Mapping[fx.Node, Rows | None],
     given: Iterable[fx.Node],
 ) -> list[Stage[fx.Node]]:
-    """The stages with pointwise arithmetic and joins on what a loop has just calculated moved into that loop.
+    """The stages with pointwise arithmetic and joins on what a loop has just calculated moved into that loop, and
+    what makes of a matrix in each row a few numbers.
 
     ``given`` are the values that exist before the first stage.
     """
     result = list(stages)
     before = set(given)
-    for place, stage in enumerate(result):
+    place = 0
+    while place < len(result):
+        stage = result[place]
         if stage.kind == LOOP:
             later = [k for k in range(place + 1, len(result)) if result[k].kind == BATCHED]
-            taken = _taken(stage, [node for k in later for node in result[k].nodes], before, rows)
-            stage = result[place] = replace(stage, nodes=(*stage.nodes, *taken))
+            taken, ahead = _taken(stage, [node for k in later for node in result[k].nodes], before, rows)
             for k in later:
-                result[k] = replace(result[k], nodes=tuple(n for n in result[k].nodes if n not in taken))
+                result[k] = replace(result[k], nodes=tuple(n for n in result[k].nodes if n not in {*taken, *ahead}))
+            stage = result[place] = replace(stage, nodes=(*stage.nodes, *taken))
+            if ahead:
+                result.insert(place, Stage(BATCHED, tuple(ahead)))
+                before.update(ahead)
+                place += 1
         before.update(stage.nodes)
+        place += 1
     return [stage for stage in result if stage.nodes or stage.kind == LOOP]
 
 
 def _taken(
     stage: Stage[fx.Node], later: Sequence[fx.Node], before: set[fx.Node], rows: Mapping[fx.Node, Rows | None]
-) -> list[fx.Node]:
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What the loop takes over, and what must be calculated before it for that."""
     body = set(stage.nodes)
+    # What does not need the loop.
+    free = set(before)
+    for node in later:
+        if free.issuperset(node.all_input_nodes):
+            free.add(node)
     found: list[fx.Node] = []
+    # What needs nothing that is not there before the loop, either.
+    ready = body | before
     for node in later:
         operands = node.all_input_nodes
-        fits = _packet(node) in _WORTH | _VIEWS and _by_row(node, rows) and all(_by_row(n, rows) for n in operands)
-        if fits and body.intersection(operands) and body.union(before).issuperset(operands):
+        fits = _shrinks(node) or _packet(node) in _WORTH | _VIEWS
+        fits = fits and node not in free and _by_row(node, rows) and all(_by_row(n, rows) for n in operands)
+        if fits and body.intersection(operands) and body.union(free).issuperset(operands):
             body.add(node)
             found.append(node)
+            if ready.issuperset(operands):
+                ready.add(node)
     kept: list[fx.Node] = []
     for node in reversed(found):
-        if _packet(node) in _WORTH or any(node in user.all_input_nodes for user in kept):
+        worth = _shrinks(node) or (_packet(node) in _WORTH and node in ready)
+        if worth or any(node in user.all_input_nodes for user in kept):
             kept.append(node)
-    return kept[::-1]
+    kept.reverse()
+    ahead = _ahead(kept, later, free)
+    if any(map(_is_matrix, stage.nodes)):
+        for node in later:
+            # What is large, and only there to be summed, is better never written; the loop may as well do it.
+            if (
+                node in free - ahead
+                and _shrinks(node)
+                and any(_is_summed(each, later) for each in node.all_input_nodes)
+            ):
+                more = _ahead([node], later, free)
+                if more.isdisjoint(kept) and all(_by_row(each, rows) for each in (node, *node.all_input_nodes)):
+                    kept.append(node)
+                    ahead |= more
+    return kept, [node for node in later if node in ahead]
+
+
+def _ahead(taken: Iterable[fx.Node], later: Sequence[fx.Node], free: set[fx.Node]) -> set[fx.Node]:
+    """What must be calculated before the loop that takes these nodes over."""
+    ahead = {operand for node in taken for operand in node.all_input_nodes if operand in free}
+    for node in reversed(later):
+        if node in free and any(user in ahead for user in node.users):
+            ahead.add(node)
+            # Parts of one result stay together.
+            ahead.update(user for user in node.users if user.target is operator.getitem)
+    return ahead.intersection(later)
+
+
+def _shrinks(node: fx.Node) -> bool:
+    """Whether a node makes of a matrix much less than it is."""
+    if _packet(node) not in _SHRINKS or not isinstance(node.meta.get("val"), Tensor):
+        return False
+    given = [operand.meta["val"] for operand in node.all_input_nodes if _is_matrix(operand)]
+    return any(value.numel() >= _LEAST * node.meta["val"].numel() for value in given)
+
+
+def _is_summed(node: fx.Node, later: Sequence[fx.Node]) -> bool:
+    """Whether a matrix is calculated later, and nobody takes it who does not shrink it."""
+    return node in later and _is_matrix(node) and _packet(node) in POINTWISE and all(map(_shrinks, node.users))
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() > 2
 
 
 def _by_row(node: fx.Node, rows: Mapping[fx.Node, Rows | None]) -> bool:

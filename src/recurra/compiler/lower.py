@@ -170,7 +170,8 @@ class Lowering(Features):
         packet = target.overloadpacket if isinstance(target, OpOverload) else target
         moves = packet in _SAME or packet in MOVES or target is operator.getitem
         by_step = self.forms.get(node) == ROWS
-        if not moves and not (by_step and (packet in POINTWISE or target in POINTWISE)):
+        grows = packet is _aten.bmm and self.width(node) >= LEAST * max(map(self.width, node.all_input_nodes))
+        if not moves and not (by_step and (grows or packet in POINTWISE or target in POINTWISE)):
             return None
         dtype = node.meta["val"].dtype
         if by_step and dtype not in (torch.bool, self.dtype):

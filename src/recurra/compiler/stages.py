@@ -176,7 +176,9 @@ def build(
         each = writer.finish(needed)
         if backend is not None and each.stage.kind == LOOP:
             try:
-                each = replace(each, native=backend(each, forms, frozenset(outside - needed)))
+                # What only says anew how numbers lie need not be written for a loop, whoever else takes it.
+                free = {node for node in outside if node not in needed or node.target is _aten.expand.default}
+                each = replace(each, native=backend(each, forms, frozenset(free)))
             except BackendError as error:
                 each = replace(each, refused=str(error))
         needed |= set(each.needs)
