@@ -87,14 +87,13 @@ def _taken(
     ahead = _ahead(kept, later, free)
     if any(map(_is_matrix, stage.nodes)):
         for node in later:
-            # What is large, and only there to be summed, is better never written; the loop may as well do it.
-            if (
-                node in free - ahead
-                and _shrinks(node)
-                and any(_is_summed(each, later) for each in node.all_input_nodes)
-            ):
+            # What is large, and only there to be summed, is better never written, and a matrix for each row is no
+            # matter for a product of matrices. The loop may as well do it.
+            operands = node.all_input_nodes
+            worth = _packet(node) is _aten.bmm or any(_is_summed(each, later) for each in operands)
+            if node in free - ahead and _shrinks(node) and worth:
                 more = _ahead([node], later, free)
-                if more.isdisjoint(kept) and all(_by_row(each, rows) for each in (node, *node.all_input_nodes)):
+                if more.isdisjoint(kept) and all(_by_row(each, rows) for each in (node, *operands)):
                     kept.append(node)
                     ahead |= more
     return kept, [node for node in later if node in ahead]

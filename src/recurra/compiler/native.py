@@ -168,16 +168,16 @@ class NativeLoop:
     # Tensors of the program, and tensors of the graph
 
     def _is_flat(self, node: fx.Node) -> bool:
-        """Whether the value of a node is what the program has, (B, D), or has no rows."""
+        """Whether the numbers of a node lie as the program has them, (B, D), or have no rows."""
         rows, like = self.rows[node], node.meta["val"]
         if like.dtype is not self.dtype:
             return False
-        return rows is None or (rows.axis == 0 and rows.factor == 1 and like.dim() == 2)
+        return rows is None or (rows.axis == 0 and rows.factor == 1)
 
     def _bend(self, node: fx.Node, value: Tensor) -> Tensor:
-        if node in self._flat:
-            return value
         rows, like = self.rows[node], node.meta["val"]
+        if node in self._flat:
+            return value if like.dim() == 2 else value.view(value.shape[0], *like.shape[1:])
         assert rows is not None
         return from_rows(value, rows, like).to(like.dtype)
 
