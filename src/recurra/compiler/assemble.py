@@ -173,7 +173,10 @@ class _Assembly:
             value.meta["stepped"] = stepped(rows, ROWS)
         elif kind == SUMMED and form == ROWS:
             assert rows is not None
-            value = self.call(self.sum, value, self.steps, rows.axis, rows.apart)
+            if value.target is torch.bmm and rows == Rows(0):
+                value = self.call(product_over_time, *value.args, self.steps)
+            else:
+                value = self.call(self.sum, value, self.steps, rows.axis, rows.apart)
         self.taken[node, kind] = value
         return value
 
@@ -184,12 +187,12 @@ def _features(node: fx.Node) -> tuple[int, ...]:
 
 
 def _turn_once(graph: fx.Graph) -> None:
-    """A matrix that is turned and turned again is itself."""
+    """A matrix that is turned and turned again is itself. Nobody takes a product whose sum has been had otherwise."""
     for node in graph.nodes:
         source = node.args[0] if node.target is torch.permute else None
         if isinstance(source, fx.Node) and source.target is torch.permute and [1, 0] == node.args[1] == source.args[1]:
             node.replace_all_uses_with(source.args[0])
-    graph.eliminate_dead_code(lambda node: node.target is not torch.permute)
+    graph.eliminate_dead_code(lambda node: node.target not in (torch.permute, torch.bmm))
 
 
 def spread(value: Tensor, T: int, axis: int, apart: int) -> Tensor:
@@ -199,6 +202,13 @@ def spread(value: Tensor, T: int, axis: int, apart: int) -> Tensor:
     shape[axis + 1] = T
     whole: Tensor = parts.expand(shape).flatten(axis, axis + 2)
     return whole
+
+
+def product_over_time(a: Tensor, b: Tensor, T: int) -> Tensor:
+    """The sum over T steps of the products of a (T * B, N, K) and b (T * B, K, M): (B, N, M), none of them written."""
+    B = a.shape[0] // T
+    left, right = a.reshape(T, B, *a.shape[1:]), b.reshape(T, B, *b.shape[1:])
+    return torch.bmm(left.permute(1, 2, 0, 3).flatten(2), right.transpose(0, 1).flatten(1, 2))
 
 
 def summing(total: Sum) -> Callable[[Tensor, int, int, int], Tensor]:

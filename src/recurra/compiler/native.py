@@ -172,12 +172,18 @@ class NativeLoop:
         rows, like = self.rows[node], node.meta["val"]
         if like.dtype is not self.dtype:
             return False
-        return rows is None or (rows.axis == 0 and rows.factor == 1)
+        return rows is None or (rows.axis == 0 and rows.apart == 1)
+
+    def shape(self, node: fx.Node, count: int) -> tuple[int, ...]:
+        """The shape of a value of so many rows whose numbers lie as the program has them."""
+        rows = self.rows[node]
+        assert rows is not None
+        return (count * rows.factor, *node.meta["val"].shape[1:])
 
     def _bend(self, node: fx.Node, value: Tensor) -> Tensor:
         rows, like = self.rows[node], node.meta["val"]
         if node in self._flat:
-            return value if like.dim() == 2 else value.view(value.shape[0], *like.shape[1:])
+            return value.view(self.shape(node, value.shape[0]))
         assert rows is not None
         return from_rows(value, rows, like).to(like.dtype)
 

@@ -222,14 +222,14 @@ class Writer:
                 if kept.carry is not None:
                     self.copy(self.first, state[kept.carry].place, moved(value, first).place, B * width)
                 value = replace(moved(value, size if old == reverse else 0), shape=(T * B, width))
-            last.append(_as(kept.node, value))
+            last.append(_as(loop, kept.node, value))
         return last
 
     def backward(
         self, loop: NativeLoop, summed: frozenset[int], operands: Sequence[Value], gradient: Sequence[Value]
     ) -> list[Any]:
         first, outputs = self.loop(loop, operands, gradient, not self.call.reverse, set(), summed)
-        return [*first, *[None] * len(first), *(_as(kept.node, outputs[kept.output]) for kept in loop.kept)]
+        return [*first, *[None] * len(first), *(_as(loop, kept.node, outputs[kept.output]) for kept in loop.kept)]
 
     def summed(self, node: fx.Node, loop: NativeLoop) -> frozenset[int]:
         """The outputs of a backward loop of which only the sum over the steps is taken."""
@@ -350,9 +350,9 @@ class Writer:
         return results
 
 
-def _as(node: fx.Node, value: Any) -> Any:
+def _as(loop: NativeLoop, node: fx.Node, value: Any) -> Any:
     """Rows of features with the axes that the node has."""
     if isinstance(value, Total):
-        return Total(_as(node, value.value))
-    shape = (value.shape[0], *node.meta["val"].shape[1:])
+        return Total(_as(loop, node, value.value))
+    shape = loop.shape(node, value.shape[0])
     return replace(value, shape=shape, strides=strides_of(shape))
