@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call, functionalize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from recurra.cell import Cell, State, leaves, map_state
 from recurra.compiler.context import Form, flatten, rebuild
 from recurra.compiler.lines import Lines, at_line, where_raised
+from recurra.compiler.tidy import tidy
 from recurra.compiler.twin import twin
 from recurra.errors import BackendError, RecurraError, ShapeError
 from recurra.taps import Record
@@ -150,8 +150,7 @@ def trace(
         for node in (*given["weights"], *given["old"], x_node, *context_nodes)
         if node.meta["val"].is_floating_point()
     ]
-    _split_masked(graph)
-    graph.eliminate_dead_code()
+    tidy(graph)
     # The tangents are inputs by now.
     results = graph.output_node().args[0]
     sizes = [node for node in graph.nodes if node.target is operator.mul or node.name == "batch"]
@@ -354,30 +353,6 @@ def _tangents_to_inputs(graph: fx.Graph, tangents: Sequence[fx.Node | None], nam
         graph.erase_node(node)
         inputs.append(last)
     return inputs
-
-
-def _split_masked(graph: fx.Graph) -> None:
-    """Make two of an operation that gives the gradient of its first input along with those of its weights.
-
-    The first may have to wait for the step after; the others need not.
-    """
-    for node in list(graph.nodes):
-        if not isinstance(node.target, OpOverload):
-            continue
-        names = [argument.name for argument in node.target._schema.arguments]
-        if "output_mask" not in names or names.index("output_mask") >= len(node.args):
-            continue
-        at = names.index("output_mask")
-        parts = {part.args[1]: part for part in node.users}
-        for numbers in ([0], [number for number in parts if number != 0]):
-            with graph.inserting_before(node):
-                copy = graph.node_copy(node)
-            asked: Any = node.args[at]
-            mask = [given and number in numbers for number, given in enumerate(asked)]
-            copy.args = (*node.args[:at], mask, *node.args[at + 1 :])
-            for number in numbers:
-                if number in parts:
-                    parts[number].args = (copy, number)
 
 
 def _rename(nodes: list[fx.Node], likes: list[Like]) -> list[fx.Node]:
