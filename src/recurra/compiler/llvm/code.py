@@ -182,6 +182,14 @@ class Code:
         else:
             self.b.call(f.masked_store(), [value, pointer, ir.Constant(I32, f.bytes), mask])
 
+    def first_lanes(self, count: ir.Value) -> ir.Value:
+        """The mask of the first ``count`` lanes, which is known when it runs."""
+        lanes = self.floats.lanes
+        words = ir.VectorType(I32, lanes)
+        first = self.b.insert_element(ir.Constant(words, ir.Undefined), self.b.trunc(count, I32), ir.Constant(I32, 0))
+        same = self.b.shuffle_vector(first, first, ir.Constant(words, [0] * lanes))
+        return self.b.icmp_unsigned("<", ir.Constant(words, [*range(lanes)]), same)
+
     def gather(self, base: ir.Value, places: Sequence[int], offset: ir.Value, mask: ir.Value | None = None) -> ir.Value:
         """The numbers at ``places`` from ``base``, a vector of them from ``offset`` on."""
         b, f = self.b, self.floats

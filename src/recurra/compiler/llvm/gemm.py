@@ -110,11 +110,6 @@ class Products:
         """start + a b, (M, N). K and N are not 0."""
         M, K = a.shape
         N = b.shape[1]
-        missing = self.lanes - N
-        if missing > 0:
-            wide = nn.functional.pad(b, (0, missing))
-            first = None if start is None else nn.functional.pad(start.expand(M, N), (0, missing))
-            return self.product(first, a, wide, threads)[:, :N].contiguous()
         b_row, b_column = b.stride()
         if b_row != 1 and b_column != 1:
             b = b.contiguous()
@@ -141,7 +136,7 @@ class Products:
         return c
 
     def sums(self, a: Tensor, threads: int) -> Tensor:
-        """The sums over the rows of a (R, D), each row's numbers side by side; D is as large as a vector or larger."""
+        """The sums over the rows of a (R, D), each row's numbers side by side."""
         R, D = a.shape
         parts = min(threads, -(-D // self.lanes)) if R * D >= LEAST_SUMS else 1
         out = torch.empty(D, dtype=self.dtype)

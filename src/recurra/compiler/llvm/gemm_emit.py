@@ -5,7 +5,7 @@ to C; the block's piece of B is packed in panels before. No sum is divided among
 K alone: the numbers are the same to the bit for any number of threads and parts.
 
 A row whose width is no multiple of a vector has its last vector moved back, so that it ends where the row ends. It
-calculates some columns twice, in the same tile, and no vector is ever masked.
+calculates some columns twice, in the same tile. Vectors are masked only where C is narrower than one.
 
 Legend: D any feature.
 """
@@ -90,6 +90,7 @@ def _part(floats: Floats) -> ir.Function:
     """``f(words, memory, first row, last row, first vector, last vector)``: a part of C."""
     most, lanes = widest(floats), floats.lanes
     strips = [_strip(floats, columns) for columns in range(1, most + 1)]
+    narrow_strip, narrow_pack = _strip(floats, 1, narrow=True), _narrow_pack(floats)
     pack = _pack(floats)
     function = floats.function("part", [POINTER, POINTER, I64, I64, I64, I64])
     code = Code(floats, function)
@@ -129,6 +130,14 @@ def _part(floats: Floats) -> ir.Function:
         begin = b.select(first_block, start, c)
         begin_row = b.select(first_block, word["start_row"], word["c_row"])
         begin_column = b.select(first_block, word["start_column"], one)
+        with b.if_then(b.icmp_unsigned("<", word["N"], code.number(lanes)), likely=False):
+            source = code.at(matrix, b.mul(k, word["b_row"]))
+            b.call(narrow_pack, [source, word["b_row"], word["b_column"], memory, length, word["N"]])
+            here = code.at(a, b.add(b.mul(top, word["a_row"]), b.mul(k, word["a_column"])))
+            into, since = code.at(c, b.mul(top, word["c_row"])), code.at(begin, b.mul(top, begin_row))
+            arguments = [here, word["a_row"], word["a_column"], memory, length, since, begin_row, into, word["c_row"]]
+            b.call(narrow_strip, [*arguments, word["N"], b.sub(bottom, top)])
+        groups = b.select(b.icmp_unsigned("<", word["N"], code.number(lanes)), code.number(0), groups)
         chunks = _ceiling(code, b.mul(b.sub(bottom, top), length), CHUNK // floats.bytes)
         with code.loop(groups) as group:
             low, high = _share(code, panels, group, groups)
@@ -154,19 +163,23 @@ def _part(floats: Floats) -> ir.Function:
     return function
 
 
-def _strip(floats: Floats, columns: int) -> ir.Function:
-    """``f(a, a row, a column, panel, length, start, start row, c, c row, last, rows)``: all rows times one panel."""
-    name = f"strip_{columns}"
+def _strip(floats: Floats, columns: int, narrow: bool = False) -> ir.Function:
+    """``f(a, a row, a column, panel, length, start, start row, c, c row, last, rows)``: all rows times one panel.
+
+    Of a ``narrow`` one, ``last`` is how many columns it has, less than a vector.
+    """
+    name = "strip_narrow" if narrow else f"strip_{columns}"
     function = floats.function(name, [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64])
     code = Code(floats, function)
     b = code.b
     a, a_row, a_column, panel, length, start, start_row, c, c_row, last, rows = function.args
-    offsets = [*(column * floats.lanes for column in range(columns - 1)), last]
+    offsets = [*(column * floats.lanes for column in range(columns - 1)), code.number(0) if narrow else last]
+    mask = code.first_lanes(last) if narrow else None
 
     def tile(height: int, a: ir.Value, start: ir.Value, c: ir.Value) -> None:
         begin = _lines(code, start, start_row, height)
         factors = _lines(code, a, a_row, height)
-        first = [code.load(code.at(line, offset)) for line in begin for offset in offsets]
+        first = [code.load(code.at(line, offset), mask) for line in begin for offset in offsets]
         with code.sums(first, length) as (k, sums, following):
             line = code.at(panel, code.times(k, columns * floats.lanes))
             weights = [code.load(code.at(line, column * floats.lanes)) for column in range(columns)]
@@ -179,7 +192,7 @@ def _strip(floats: Floats, columns: int) -> ir.Function:
                     following.append(code.fma(factor, weight, sums[row * columns + column]))
         into = [code.at(line, offset) for line in _lines(code, c, c_row, height) for offset in offsets]
         for total, target in zip(following, into, strict=True):
-            code.store(total, target)
+            code.store(total, target, mask)
 
     for height in HEIGHTS:
         with code.sums([a, start, c], b.udiv(rows, code.number(height))) as (_, places, following):
@@ -214,6 +227,22 @@ def _pack(floats: Floats) -> ir.Function:
                 code.store(code.load(code.at(code.at(source, offset), b.mul(k, row))), code.at(to, b.mul(k, apart)))
             with turned:
                 b.call(turn, [code.at(source, b.mul(offset, column)), column, to, apart, length])
+    b.ret_void()
+    return function
+
+
+def _narrow_pack(floats: Floats) -> ir.Function:
+    """``f(source, row, column, target, length, columns)``: a panel of one vector, of fewer columns and zeros."""
+    function = floats.function("pack_narrow", [POINTER, I64, I64, POINTER, I64, I64])
+    code = Code(floats, function)
+    b, lanes = code.b, floats.lanes
+    source, row, column, target, length, columns = function.args
+    with code.loop(length) as k:
+        line, place = code.at(source, b.mul(k, row)), code.at(target, code.times(k, lanes))
+        code.store(floats.splat(0.0), place)
+        with code.loop(columns) as each:
+            number = b.load(code.at(line, b.mul(each, column)), typ=floats.scalar, align=floats.bytes)
+            b.store(number, code.at(place, each), align=floats.bytes)
     b.ret_void()
     return function
 
@@ -267,7 +296,11 @@ def _sums(floats: Floats) -> None:
             code.store(b.fadd(code.load(there), code.load(here)), there)
             code.store(floats.splat(0.0), here)
 
-    with code.tickets(lambda: _count(code, words, 0), word["parts"]) as part:
+    narrow = b.icmp_unsigned("<", word["D"], code.number(lanes))
+    with b.if_then(narrow, likely=False):
+        _narrow_sums(code, a, out, word, more)
+    parts = b.select(narrow, code.number(0), word["parts"])
+    with code.tickets(lambda: _count(code, words, 0), parts) as part:
         left, right = _share(code, vectors, part, word["parts"])
         spans = _ceiling(code, b.sub(right, left), SPAN)
         with code.loop(spans) as span:
@@ -292,6 +325,20 @@ def _sums(floats: Floats) -> None:
                 column = code.smaller(code.times(b.add(first, vector), lanes), end)
                 code.store(code.load(code.at(total, code.times(vector, lanes))), code.at(out, column))
     b.ret_void()
+
+
+def _narrow_sums(code: Code, a: ir.Value, out: ir.Value, word: dict[str, ir.Value], more: ir.Value) -> None:
+    """The sums over the rows of A that are narrower than a vector, AHEAD * TURNS rows at once, for precision."""
+    b, many, none = code.b, AHEAD * TURNS, code.floats.splat(0.0)
+    mask = code.first_lanes(word["D"])
+    before = b.select(more, code.load(out, mask), none)
+    with code.sums([before], _ceiling(code, word["R"], many)) as (block, (total,), following):
+        first = code.times(block, many)
+        last = code.smaller(code.plus(first, many), word["R"])
+        with code.sums([none], last, first) as (row, (partial,), more_rows):
+            more_rows.append(b.fadd(partial, code.load(code.at(a, b.mul(row, word["a_row"])), mask)))
+        following.append(b.fadd(total, more_rows[0]))
+    code.store(following[0], out, mask)
 
 
 def _count(code: Code, words: ir.Value, counter: int) -> ir.Value:
