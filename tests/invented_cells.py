@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import catalogue
 from foreign_cells import PUBLISHED, Foreign
+from matrix_cells import MATRICES
 
 
 class Delayed(Foreign):
@@ -333,7 +334,7 @@ INVENTED = {
         Moved, Counted, Embedded, Decaying, Attended, Outer, Timed,
     )
 }  # fmt: skip
-FOREIGN = {**PUBLISHED, **INVENTED}
+FOREIGN = {**PUBLISHED, **INVENTED, **MATRICES}
 
 
 def foreign(name: str, input_size: int = 3, least: int = 6) -> Foreign:

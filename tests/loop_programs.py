@@ -134,6 +134,21 @@ def lstm_backward(H: int) -> Program:
     return b.finish([before], [b.matmul(before, w), dc * f])
 
 
+def matrix_memory(H: int) -> Program:
+    """A memory of two heads of five vectors; sums and maxima along them, across them, of all of them."""
+    heads, rows = 2, 5
+    wide, tall, size = heads * H, heads * rows, heads * rows * H
+    b = Builder()
+    m, k, v, rate = b.carry(size), b.input(wide), b.input(tall), b.input(heads)
+    keys = b.broadcast(b.tanh(k), size, H)
+    error = v - b.sum(m * keys, tall)
+    m = 0.7 * m + b.broadcast(b.sigmoid(rate), size) * b.broadcast(error, size) * keys / H
+    read = b.sum(m * b.broadcast(v, size), wide, H)
+    top, all_, one = b.max(m, wide, H), b.sum(m * m, heads), b.max(m)
+    back = b.apply(Op.WHERE, b.broadcast(top, size, H) > m, m, one)
+    return b.finish([read, top, all_, one, b.sum(back, tall), b.max(back, heads), m], [m])
+
+
 PROGRAMS = {
     make.__name__: make
     for make in (
@@ -146,6 +161,7 @@ PROGRAMS = {
         projected,
         attentive,
         lstm_backward,
+        matrix_memory,
     )
 }
 

@@ -66,8 +66,27 @@ def _operation(draw: st.DrawFn, b: Builder, values: list[Value]) -> Value:
         "max": lambda: b.max(x),
         "softmax": lambda: b.exp(x - b.max(x)) / b.sum(b.exp(x - b.max(x))),
         "broadcast": lambda: b.broadcast(b.mean(x), size),
+        "spread": lambda: _spread(draw, b, x),
+        "sum of an axis": lambda: b.tanh(b.sum(x, *_axes(draw, x.width))),
+        "largest of an axis": lambda: b.max(x, *_axes(draw, x.width)),
     }
     return choices[draw(st.sampled_from(sorted(choices)))]()
+
+
+def _spread(draw: st.DrawFn, b: Builder, x: Value) -> Value:
+    if x.width > max(WIDTHS):
+        return b.neg(x)
+    return b.broadcast(x, x.width * draw(st.integers(2, 5)), draw(st.sampled_from(_parts(x.width))))
+
+
+def _axes(draw: st.DrawFn, width: int) -> tuple[int, int]:
+    """How many features are left of so many when an axis is reduced, and how many of them are its inner ones."""
+    left = draw(st.sampled_from(_parts(width)))
+    return left, draw(st.sampled_from(_parts(left)))
+
+
+def _parts(width: int) -> list[int]:
+    return [part for part in range(1, width + 1) if width % part == 0]
 
 
 def _condition(draw: st.DrawFn, b: Builder, x: Value, y: Value) -> Value:

@@ -378,7 +378,7 @@ def check_order(program: Program) -> None:
             assert program.nodes[store.value].width == region.width
             written[store.home] = written.get(store.home, 0) + region.width
         for place in region.reductions:
-            written[place] = 1
+            written[place] = program.nodes[place].width
     assert all(written[home] == program.nodes[home].width for home in plan.homes)
 
 

@@ -45,7 +45,7 @@ JUMPS = {
     "BlockDiagonal",
 }
 NAMES = list(FOREIGN)
-WIDE = ["UGRNN", "RAN", "LMU", "HeadedSLSTM"]
+WIDE = ["UGRNN", "RAN", "LMU", "HeadedSLSTM", "DeltaRule", "Written"]
 
 
 class FirstOfContext(FOREIGN["Timed"]):
@@ -108,7 +108,7 @@ def test_a_foreign_cell_in_float32(name):
 
 
 @pytest.mark.parametrize("memory", MODES[1:])
-@pytest.mark.parametrize("name", ["MultiplicativeLSTM", "PhasedLSTM", "Feedback", "Powers", "Timed"])
+@pytest.mark.parametrize("name", ["MultiplicativeLSTM", "PhasedLSTM", "Feedback", "Powers", "Timed", "DeltaRule"])
 def test_a_foreign_cell_with_less_memory(name, memory):
     rnn = Recurrent(case_of(name, 1, 1, 5, "").cell, backend="compiled", memory=memory)
     for T, B, options in [(11, 5, "state lengths resets"), (30, 3, "state lengths reverse resets"), (1, 2, "state")]:

@@ -76,8 +76,9 @@ def test_one_call_gives_what_the_loop_gives(entry):
 @pytest.mark.parametrize(
     "name", ["Vanilla", "LSTM", "GRU", "GRUResetBefore", "PeepholeLSTM", "CoupledLSTM", "Residual"]
 )
-def test_the_usual_cells_are_one_call_each_way(name):
-    case = draw(BY_NAME[name], 9, 4, 19, 24)
+@pytest.mark.parametrize("inputs", [19, 3])
+def test_the_usual_cells_are_one_call_each_way(name, inputs):
+    case = draw(BY_NAME[name], 9, 4, inputs, 24)
     rnn, path = compiled(case)
     record(path, case)
     assert [len(part._scripts) for part in segments_of(rnn)] == [1, 1]
