@@ -92,12 +92,12 @@ class Written(Foreign):
 
 class Slots(Foreign):
     """Nine vectors that attend to one another, and what is largest of them (Santoro et al. 2018, "Relational recurrent
-    neural networks", without its gates)."""
+    neural networks", with another gate)."""
 
     places = 9
 
     def make(self, H):
-        self.u = nn.Linear(H, H)
+        self.u, self.gate = nn.Linear(H, H), nn.Linear(H, 1)
 
     def initial_state(self, batch_size):
         return self.zeros(batch_size, self.places, self.H) + 0.1
@@ -105,6 +105,7 @@ class Slots(Foreign):
     def step(self, slots, x, context=None):
         score = torch.softmax(torch.bmm(slots, slots.transpose(1, 2)), -1)
         slots = torch.tanh(self.u(slots) + self.x(x)[:, None] + torch.bmm(score, slots))
+        slots = slots * torch.sigmoid(self.gate(slots))
         return slots, slots.amax(1) + slots.sum((1, 2))[:, None] + slots.mean(2).amax(1, keepdim=True)
 
 

@@ -197,11 +197,11 @@ def parts_in_the_other_direction(right, plan, T, B, reverse):
 
 
 def absorbed_with_operands_swapped(right, *rest):
-    found = right(*rest)
-    for node in found:
+    taken, ahead = right(*rest)
+    for node in taken:
         if node.target is _aten.sub.Tensor:
             node.args = node.args[::-1]
-    return found
+    return taken, ahead
 
 
 def sunk_with_operands_swapped(right, self, node):

@@ -116,6 +116,8 @@ def test_an_interrupt_leaves_no_broken_state():
     code = (
         "import os, signal, threading, torch\n"
         "from recurra import Recurrent, cells\n"
+        # A shell's background jobs ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "rnn, x = Recurrent(cells.LSTM(64, 128), backend='compiled'), torch.randn(2000, 16, 64)\n"
         "expected = rnn(x)[0]\n"
         "for delay in (0.001, 0.01, 0.02, 0.05):\n"

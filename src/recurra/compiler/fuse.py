@@ -1,4 +1,4 @@
-"""What native loops take over from the batched stages behind them, so that a value is not written and read again.
+"""What native loops take over from the batched stages around them, so that a value is not written and read again.
 
 Legend: T time, B batch, I input, H hidden, O output, D any feature.
 """
@@ -19,10 +19,10 @@ from recurra.compiler.rows import VIEWS, Rows
 from recurra.compiler.schedule import BATCHED, LOOP, Stage
 
 _aten = torch.ops.aten
-# How much less that is at least.
-_LEAST = 8
 _WORTH = POINTWISE.keys() | {_aten.cat}
+# What may make less of a matrix, and how much less that is at least.
 _SHRINKS = {_aten.bmm, _aten.sum}
+_LEAST = 8
 _VIEWS = {view.overloadpacket for view in VIEWS} | {_aten.unsqueeze, _aten.squeeze}
 
 

@@ -270,11 +270,13 @@ class Lowering(Features):
         heads, n, k = (1, *self.shape(a))[-3:]
         p = self.shape(m)[-1]
         left, right = self.numbers(a, 1).view(heads, n, k), self.numbers(m, 1).view(heads, k, p)
-        if (matrix := self.shared(m)) is not None:
+        # With a single column, or a row, a product of several rows at once is as good as one of matrices.
+        slight = n > 1 and (k == 1 or p == 1)
+        if not slight and (matrix := self.shared(m)) is not None:
             x = self.number(a)
             rows = [(head, row) for head in range(heads) for row in left[head]]
             return self.join([self.times(self.pick([x], r.tolist()), matrix, head, False, p) for head, r in rows])
-        if (matrix := self.shared(a)) is not None:
+        if not slight and (matrix := self.shared(a)) is not None:
             x = self.number(m)
             columns = [(head, column) for head in range(heads) for column in right[head].T]
             found = [self.times(self.pick([x], c.tolist()), matrix, head, True, n) for head, c in columns]
