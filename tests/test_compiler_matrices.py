@@ -20,7 +20,7 @@ from native import agree, program_of
 from recurra import Recurrent, cells
 from recurra.cell import Cell
 from recurra.compiler import tidy
-from recurra.compiler.assemble import product_over_time
+from recurra.compiler.assemble import product_over_time, product_with_same, spread
 from recurra.compiler.build import Builder
 from recurra.compiler.ir import Op
 from recurra.compiler.llvm import body as body_module
@@ -45,12 +45,22 @@ class Attentive(Cell):
     def initial_state(self, batch_size):
         return self.zeros(batch_size, self.H)
 
-    def step(self, h, x, context=None):
-        h = torch.tanh(self.x(x) + self.u(h))
+    def attend(self, h, context):
         share = torch.softmax(torch.bmm(context, h[:, :, None])[:, :, 0], 1)
         found = torch.bmm(share[:, None], context)[:, 0]
-        h = torch.tanh(self.v(torch.cat([h, found], 1)))
+        return torch.tanh(self.v(torch.cat([h, found], 1)))
+
+    def step(self, h, x, context=None):
+        h = self.attend(torch.tanh(self.x(x) + self.u(h)), context)
         return h, h
+
+
+class Looking(Attentive):
+    """The same without input feeding: nothing of what it attends to goes into the next step."""
+
+    def step(self, h, x, context=None):
+        h = torch.tanh(self.x(x) + self.u(h))
+        return h, self.attend(h, context)
 
 
 def compiled(cell: Cell, context=None, T: int = 6, B: int = 3) -> tuple[Recurrent, Plan]:
@@ -105,6 +115,39 @@ def test_a_product_over_time_is_the_sum_of_products(T, B, N, K, M):
     a, b = torch.randn(T, B, N, K, dtype=torch.float64), torch.randn(T, B, K, M, dtype=torch.float64)
     found = product_over_time(a.flatten(0, 1), b.flatten(0, 1), T)
     torch.testing.assert_close(found, (a @ b).sum(0), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "N", "K", "M"), [(5, 3, 4, 1, 6), (1, 2, 3, 2, 1), (0, 2, 1, 3, 2), (3, 0, 2, 1, 2)]
+)
+def test_a_product_with_the_same_matrix_at_all_steps_is_one(T, B, N, K, M):
+    a, b = torch.randn(T, B, N, K, dtype=torch.float64), torch.randn(B, K, M, dtype=torch.float64)
+    expected = (a @ b).reshape(T * B, N, M)
+    found = product_with_same(a.reshape(T * B, N, K), b, T, False)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    found = product_with_same(b.mT, a.mT.reshape(T * B, K, N), T, True)
+    torch.testing.assert_close(found, expected.mT, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["hoisted", "compiled"])
+def test_attention_outside_the_loop_copies_no_memory(backend):
+    cell = Looking(3, 16).double()
+    context = torch.randn(3, 9, 16, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 3, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for way in (backend, "loop"):
+        rnn = Recurrent(cell, backend=way)
+        y, _ = rnn(x, context=context, lengths=torch.tensor([6, 0, 4]))
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, context, *cell.parameters()])])
+        if way == backend:
+            plan = rnn._path._last
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    parts = [part.whole.function.__self__.graph.nodes for part in (plan.ahead, plan.back)]
+    calls = [node.target for part in parts for node in part]
+    assert torch.bmm not in calls
+    assert spread not in calls
+    assert calls.count(product_with_same) == 4
 
 
 # Choices that are always the same

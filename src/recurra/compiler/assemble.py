@@ -108,6 +108,7 @@ class _Assembly:
             held = {len(results) + number: number for number in range(len(kept)) if number in backward.together}
             results += [self.take(node, LOOP) for node in kept]
         self.graph.output(tuple(results))
+        _share_once(self.graph)
         _turn_once(self.graph)
         graph, numbers = self.graph, {places[node]: number for number, node in enumerate(kept)} if back else {}
         inside = frozenset[fx.Node]()
@@ -187,12 +188,29 @@ def _features(node: fx.Node) -> tuple[int, ...]:
 
 
 def _turn_once(graph: fx.Graph) -> None:
-    """A matrix that is turned and turned again is itself. Nobody takes a product whose sum has been had otherwise."""
+    """A matrix that is turned and turned again is itself. What has been had otherwise nobody takes."""
     for node in graph.nodes:
         source = node.args[0] if node.target is torch.permute else None
         if isinstance(source, fx.Node) and source.target is torch.permute and [1, 0] == node.args[1] == source.args[1]:
             node.replace_all_uses_with(source.args[0])
-    graph.eliminate_dead_code(lambda node: node.target not in (torch.permute, torch.bmm))
+    graph.eliminate_dead_code(lambda node: node.target not in (torch.permute, torch.bmm, spread))
+
+
+def _share_once(graph: fx.Graph) -> None:
+    """A row's matrix that is the same at all steps is multiplied with those of all steps at once."""
+    for node in list(graph.nodes):
+        for place in (1, 0) if node.target is torch.bmm else ():
+            given = node.args[place]
+            turned = given.target is torch.permute and list(given.args[1]) == [0, 2, 1]
+            value = given.args[0] if turned else given
+            if value.target is spread and value.args[2:] == (0, 1):
+                with graph.inserting_before(node):
+                    same = graph.call_function(torch.permute, (value.args[0], [0, 2, 1])) if turned else value.args[0]
+                    taken = (same, node.args[1]) if place == 0 else (node.args[0], same)
+                    found = graph.call_function(product_with_same, (*taken, value.args[1], place == 0))
+                found.meta.update(node.meta)
+                node.replace_all_uses_with(found)
+                break
 
 
 def spread(value: Tensor, T: int, axis: int, apart: int) -> Tensor:
@@ -202,6 +220,15 @@ def spread(value: Tensor, T: int, axis: int, apart: int) -> Tensor:
     shape[axis + 1] = T
     whole: Tensor = parts.expand(shape).flatten(axis, axis + 2)
     return whole
+
+
+def product_with_same(a: Tensor, b: Tensor, T: int, first: bool) -> Tensor:
+    """The products of T steps, a (T * B, N, K) times b (B, K, M); with ``first`` a (B, N, K) times b (T * B, K, M)."""
+    if first:
+        return product_with_same(b.mT, a.mT, T, False).mT
+    (B, K, M), N = b.shape, a.shape[1]
+    rows = a.reshape(T, B, N, K).transpose(0, 1).reshape(B, T * N, K)
+    return torch.bmm(rows, b).view(B, T, N, M).transpose(0, 1).reshape(T * B, N, M)
 
 
 def product_over_time(a: Tensor, b: Tensor, T: int) -> Tensor:

@@ -6,7 +6,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +71,8 @@ def _taken(
     ready = body | before
     for node in later:
         operands = node.all_input_nodes
-        fits = _shrinks(node) or _packet(node) in _WORTH | _VIEWS
+        # A matrix that is the same at all steps is better multiplied with all of them at once.
+        fits = _shrinks(node, body) or _packet(node) in _WORTH | _VIEWS
         fits = fits and node not in free and _by_row(node, rows) and all(_by_row(n, rows) for n in operands)
         if fits and body.intersection(operands) and body.union(free).issuperset(operands):
             body.add(node)
@@ -110,12 +111,12 @@ def _ahead(taken: Iterable[fx.Node], later: Sequence[fx.Node], free: set[fx.Node
     return ahead.intersection(later)
 
 
-def _shrinks(node: fx.Node) -> bool:
-    """Whether a node makes of a matrix much less than it is."""
+def _shrinks(node: fx.Node, among: Container[fx.Node] | None = None) -> bool:
+    """Whether a node makes of a matrix, one of those ``among`` which it must be, much less than it is."""
     if _packet(node) not in _SHRINKS or not isinstance(node.meta.get("val"), Tensor):
         return False
-    given = [operand.meta["val"] for operand in node.all_input_nodes if _is_matrix(operand)]
-    return any(value.numel() >= _LEAST * node.meta["val"].numel() for value in given)
+    given = [operand for operand in node.all_input_nodes if _is_matrix(operand) and (among is None or operand in among)]
+    return any(operand.meta["val"].numel() >= _LEAST * node.meta["val"].numel() for operand in given)
 
 
 def _is_summed(node: fx.Node, later: Sequence[fx.Node]) -> bool:
