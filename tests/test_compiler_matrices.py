@@ -19,7 +19,7 @@ from loop_programs import random_operands
 from native import agree, program_of
 from recurra import Recurrent, cells
 from recurra.cell import Cell
-from recurra.compiler import tidy
+from recurra.compiler import fuse, tidy
 from recurra.compiler.assemble import product_over_time, product_with_same, spread
 from recurra.compiler.build import Builder
 from recurra.compiler.ir import Op
@@ -90,7 +90,14 @@ def test_of_matrices_only_the_state_is_written(cell):
     large = [name for name, size in written(plan) if size >= 16 * 16]
     names = {node.name for node in (*plan.step.old, *plan.step.new)}
     gradients = {plan.step.gradient[node].name for node in plan.step.old}
+    assert large
     assert set(large) <= names | gradients
+
+
+def test_a_loop_that_takes_nothing_over_is_told_apart(monkeypatch):
+    monkeypatch.setattr(fuse, "_shrinks", lambda *_: False)
+    with pytest.raises(AssertionError):
+        test_of_matrices_only_the_state_is_written(foreign("DeltaRule", 3, 16))
 
 
 def test_loops_of_matrices_are_part_of_one_call():
