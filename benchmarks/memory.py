@@ -34,7 +34,11 @@ def resident(field: str) -> int:
 
 
 def grown(peer: Here) -> int:
-    """By how many bytes the process grows, at most, during a step. Without Linux's counters: since it began."""
+    """By how many bytes the process grows, at most, during a step. Without Linux's counters: since it began.
+
+    Zero for a step that needs no more than there is: Linux adds up the pages of each processor now and then only, and
+    what it says of a step of a few pages may be less than before it.
+    """
     gc.collect()
     if not REFERENCES.exists():
         unit = 1 if sys.platform == "darwin" else 1024
@@ -44,7 +48,7 @@ def grown(peer: Here) -> int:
     REFERENCES.write_text("5")
     before = resident("VmRSS")
     peer.step()
-    return resident("VmHWM") - before
+    return max(resident("VmHWM") - before, 0)
 
 
 def build(task: Task, path: str, backend: str) -> Here:

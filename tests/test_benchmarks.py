@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bars
 import limit
+import memory
 import report
 import speed
 from clock import in_turn, one_by_one
@@ -73,6 +75,14 @@ def test_a_run_measures_every_cell_and_writes_figures_and_a_page(alone, tmp_path
     told = capsys.readouterr()
     assert told.out == report.verdict(record) + "\n"
     assert f"/11 {tiny()[0]}, threads: 1: recurra " in told.err
+
+
+@pytest.mark.skipif(not memory.REFERENCES.exists(), reason="the peak of a single step is counted on Linux")
+def test_a_step_grows_by_its_peak_and_never_by_less_than_nothing(monkeypatch):
+    passing = SimpleNamespace(step=lambda: torch.ones(16_000_000).sum())
+    assert memory.grown(passing) == pytest.approx(64e6, rel=0.05)
+    monkeypatch.setattr(memory, "resident", {"VmRSS": 8192, "VmHWM": 4096}.__getitem__)
+    assert memory.grown(passing) == 0
 
 
 def test_nothing_in_the_figures_tells_whose_machine_it_was():
