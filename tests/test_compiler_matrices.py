@@ -95,7 +95,7 @@ def test_of_matrices_only_the_state_is_written(cell):
 
 
 def test_a_loop_that_takes_nothing_over_is_told_apart(monkeypatch):
-    monkeypatch.setattr(fuse, "_shrinks", lambda *_: False)
+    monkeypatch.setattr(fuse, "_taken", lambda *_: ([], []))
     with pytest.raises(AssertionError):
         test_of_matrices_only_the_state_is_written(foreign("DeltaRule", 3, 16))
 

@@ -38,7 +38,7 @@ class Masked(cells.MinGRU):
 
 
 class Sinking(Cell):
-    """Takes a difference of two things that no state is in, and shows one of two that it is in."""
+    """Takes the halves of a difference of two things that no state is in, and shows one of two that it is in."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__()
@@ -50,12 +50,27 @@ class Sinking(Cell):
         return self.zeros(batch_size, self.output_size)
 
     def step(self, state, x, context=None):
-        h = torch.tanh(self.one(x) - torch.sigmoid(self.two(x)) + self.back(state))
+        left, right = (self.one(x) - torch.sigmoid(self.two(x))).chunk(2, 1)
+        h = torch.tanh(torch.cat([right, left], 1) + self.back(state))
         return h, h - torch.sigmoid(2 * h)
+
+
+class Dividing(cells.Vanilla):
+    """Shows a product of its state, divided by what is nothing where the state is."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.shown = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def step(self, state, x, context=None):
+        h, _ = super().step(state, x)
+        shown = self.shown(h)
+        return h, shown / (shown * shown).sum(1, keepdim=True)
 
 
 ENTRIES = {
     **BY_NAME,
+    "dividing": replace(BY_NAME["Vanilla"], make=Dividing),
     "masked": replace(BY_NAME["MinGRU"], make=Masked, memory=True),
     "sinking": Entry("sinking", Sinking, plain.lstm),
 }
@@ -284,7 +299,7 @@ NATIVE = {
         "store",
     ),
     "a weight without gradient": (changed(Plan, "__init__", a_weight_forgotten), "LSTM", (), "store"),
-    "nothing in the padding": (nothing_in_the_padding, "MLSTM", ("lengths",), "store"),
+    "nothing in the padding": (nothing_in_the_padding, "dividing", ("lengths",), "store"),
     "values in another order": (changed(memory, "backward", saved_values_in_another_order), "LSTM", (), "store"),
     "a mask one step late": (changed(door, "fill_padding", a_mask_one_step_late), "LSTM", both, "store"),
     "sums over time left out": (changed(assemble, "summing", only_the_last_step), "LSTM", both, "store"),

@@ -238,7 +238,7 @@ class Plan:
         """The stages as they will be run, and the form of every value."""
         rows, backend = self.analysis.rows, self.backend
         if backend is not None:
-            fused = absorb(stages, rows, [*forms, *(old for old, _ in carries)])
+            fused = absorb(stages, rows, forms | {old: ROWS for old, _ in carries})
             found = dict(forms)
             compiled = build(self.step, fused, rows, carries, found, wanted, backend, backend.functions)
             if not any(each.refused for each in compiled):
