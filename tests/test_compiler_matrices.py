@@ -84,7 +84,11 @@ def written(plan: Plan) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("cell", [foreign("DeltaRule", 3, 16), Entry("", cells.MLSTM, None).build(3, 16)], ids=type)
+@pytest.mark.parametrize(
+    "cell",
+    [foreign("DeltaRule", 3, 16), foreign("HeadedDelta", 3, 16), Entry("", cells.MLSTM, None).build(3, 16)],
+    ids=type,
+)
 def test_of_matrices_only_the_state_is_written(cell):
     _, plan = compiled(cell)
     large = [name for name, size in written(plan) if size >= 16 * 16]
@@ -112,6 +116,13 @@ def test_the_gradient_of_a_memory_is_one_product():
     graph = plan.back.whole.function.__self__.graph
     calls = [node.target for node in graph.nodes]
     assert calls.count(product_over_time) == 2
+    assert torch.bmm not in calls
+
+
+def test_the_gradients_of_weights_of_heads_are_one_product():
+    _, plan = compiled(foreign("SharedHeads", 3, 16))
+    calls = [node.target for node in plan.back.whole.function.__self__.graph.nodes]
+    assert product_over_time in calls
     assert torch.bmm not in calls
 
 

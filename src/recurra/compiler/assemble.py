@@ -174,7 +174,7 @@ class _Assembly:
             value.meta["stepped"] = stepped(rows, ROWS)
         elif kind == SUMMED and form == ROWS:
             assert rows is not None
-            if value.target is torch.bmm and rows == Rows(0):
+            if value.target is torch.bmm and rows.axis == 0 and rows.apart == 1:
                 value = self.call(product_over_time, *value.args, self.steps)
             else:
                 value = self.call(self.sum, value, self.steps, rows.axis, rows.apart)

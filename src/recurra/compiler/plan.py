@@ -34,6 +34,7 @@ _TAME = {
 _CHEAP = {
     _aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.neg, _aten.tanh, _aten.sigmoid, _aten.alias, _aten.detach,
 }  # fmt: skip
+_SEEN = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten.unsqueeze, _aten.squeeze}
 _PIECES = {_aten.split, _aten.split_with_sizes}
 _TURNS = {_aten.t.default, _aten.permute.default, _aten.transpose.int}
 Wanted = frozenset[fx.Node]
@@ -188,15 +189,20 @@ class Plan:
         # A new carry costs nothing, as it is the next step's old one.
         others.update([*(node for node, _ in kinds), step.y, *step.new, *step.taps.values()])
         found: set[fx.Node] = set()
+        there = read | others
         for node in analysis.order:
             if node not in analysis.forward or node not in read - others:
                 continue
             # A piece of something is as good as an operation on it.
             whole = analysis.part_of.get(node)
             packet = getattr((whole or node).target, "overloadpacket", None)
-            operands = [operand for operand in analysis.operands(whole or node) if operand in analysis.varying]
-            if packet in (_CHEAP if whole is None else _PIECES) and all(o in (read | others) - found for o in operands):
+            operands = {operand for operand in analysis.operands(whole or node) if operand in analysis.varying}
+            if packet in _SEEN and operands <= there.union(step.old):
+                # What it shows can be read in its place.
+                found.add(node)
+            elif packet in (_CHEAP if whole is None else _PIECES) and operands <= there:
                 found.update([node] if whole is None else [node, whole])
+                there.difference_update((node, whole))
         return frozenset(found)
 
     def _plan_backward(self, again: frozenset[fx.Node] = frozenset()) -> _Planned:
@@ -238,7 +244,8 @@ class Plan:
         """The stages as they will be run, and the form of every value."""
         rows, backend = self.analysis.rows, self.backend
         if backend is not None:
-            fused = absorb(stages, rows, forms | {old: ROWS for old, _ in carries})
+            sizes = dict.fromkeys(self.step.sizes, ONCE)
+            fused = absorb(stages, rows, sizes | forms | {old: ROWS for old, _ in carries})
             found = dict(forms)
             compiled = build(self.step, fused, rows, carries, found, wanted, backend, backend.functions)
             if not any(each.refused for each in compiled):

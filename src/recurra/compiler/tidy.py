@@ -15,9 +15,11 @@ _aten = torch.ops.aten
 
 
 def tidy(graph: fx.Graph) -> None:
-    """Choices that are always the same made, operations taken apart whose results are wanted at different times."""
+    """Choices that are always the same made, axes that are put back left alone, and operations taken apart whose
+    results are wanted at different times."""
     _split_masked(graph)
     _choose(graph)
+    _put_back(graph)
     graph.eliminate_dead_code()
 
 
@@ -32,6 +34,24 @@ def _choose(graph: fx.Graph) -> None:
         alike = all(chosen.meta[size].shape == node.meta[size].shape for size in ("val", "other"))
         if bool(found.all()) == bool(found.any()) and alike and chosen.meta["val"].dtype is node.meta["val"].dtype:
             node.replace_all_uses_with(chosen)
+
+
+def _put_back(graph: fx.Graph) -> None:
+    """einsum gives axes another order and then, as often as not, the one that they had."""
+    for node in graph.nodes:
+        if node.target is not _aten.permute.default:
+            continue
+        order, source = _order(node), node.args[0]
+        while source.target is _aten.permute.default:
+            order, source = [_order(source)[axis] for axis in order], source.args[0]
+        if order == sorted(order):
+            node.replace_all_uses_with(source)
+
+
+def _order(node: fx.Node) -> list[int]:
+    """Where each axis of a permuted value comes from."""
+    axes: Any = node.args[1]
+    return [axis % len(axes) for axis in axes]
 
 
 def _is_fixed(node: Any) -> bool:
