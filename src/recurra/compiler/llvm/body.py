@@ -6,7 +6,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from llvmlite import ir
 
@@ -33,8 +33,6 @@ class Body:
         self.active, self.count = active, count
         self.here = {*self.region.products, *self.region.pointwise}
         self.views = {view: memory.rows(view) for view in self._views()}
-        for place in self.region.reductions:
-            memory.base("partial", place)
 
     def row(self, index: ir.Value) -> ir.Value:
         """The number of an active row."""
@@ -66,13 +64,18 @@ class Body:
             values[place] = pointwise(self.code, node, [operand(arg) for arg in node.args])
         return operand
 
-    def keep(self, operand: Operand, target: Callable[[View], ir.Value], mask: ir.Value | None) -> None:
-        """Writes what is stored of this vector."""
+    def stored(self, operand: Operand) -> Iterator[tuple[View, ir.Value]]:
+        """What is written of this vector, and where."""
         for store in self.region.stores:
             value = operand(store.value)
             if self.nodes[store.value].kind is Kind.BOOL:
                 value = self.code.b.select(value, self.floats.splat(1.0), self.floats.splat(0.0))
-            self.code.store(value, target(View(store.home, True, store.start)), mask)
+            yield View(store.home, True, store.start), value
+
+    def keep(self, operand: Operand, target: Callable[[View], ir.Value], mask: ir.Value | None) -> None:
+        """Writes what is stored of this vector."""
+        for view, value in self.stored(operand):
+            self.code.store(value, target(view), mask)
 
     def reduced(self, place: int, operand: Operand, so_far: ir.Value, mask: ir.Value | None) -> ir.Value:
         """A reduction so far, and this vector."""

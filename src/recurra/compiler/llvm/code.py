@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,12 @@ class Code:
     def __init__(self, floats: Floats, function: ir.Function) -> None:
         self.floats = floats
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    def of_lanes(self, lanes: int) -> Code:
+        """The same place, with narrower vectors."""
+        made = copy(self)
+        made.floats = Floats(self.floats.module, self.floats.dtype, self.floats.target, lanes)
+        return made
 
     # Whole numbers
 
@@ -213,9 +220,11 @@ class Code:
         first = self.b.insert_element(empty, number, ir.Constant(I32, 0))
         return self.b.shuffle_vector(first, empty, ir.Constant(ir.VectorType(I32, f.lanes), [0] * f.lanes))
 
-    def store_first(self, value: ir.Value, pointer: ir.Value) -> None:
-        """Lane 0 alone."""
-        self.b.store(self.b.extract_element(value, ir.Constant(I32, 0)), pointer, align=self.floats.bytes)
+    def store_first(self, value: ir.Value, pointer: ir.Value) -> ir.Value:
+        """Lane 0 alone. Gives it."""
+        number = self.b.extract_element(value, ir.Constant(I32, 0))
+        self.b.store(number, pointer, align=self.floats.bytes)
+        return number
 
     def prefetch(self, pointer: ir.Value) -> None:
         """Asks for memory that is read soon. It need not exist."""

@@ -12,10 +12,10 @@ from llvmlite import ir
 
 from recurra.compiler.llvm.code import I8, I64, POINTER, VOID, Code, Floats
 from recurra.compiler.llvm.divide import Words, bound_function, drive_function
-from recurra.compiler.llvm.layout import Layout
+from recurra.compiler.llvm.layout import Chain, Layout
 from recurra.compiler.llvm.memory import Memory
 from recurra.compiler.llvm.pack import pack_function
-from recurra.compiler.llvm.sweep import STAGE, finish_function, sweep_function
+from recurra.compiler.llvm.sweep import STAGE, stage_function
 from recurra.compiler.llvm.target import Target
 from recurra.compiler.regions import Plan, View
 
@@ -61,8 +61,7 @@ def _share(floats: Floats, layout: Layout, run: ir.Function) -> None:
 class _Run:
     def __init__(self, floats: Floats, layout: Layout, run: ir.Function) -> None:
         self.floats, self.layout, self.program = floats, layout, layout.program
-        self.sweeps = [sweep_function(floats, layout, each, f"sweep_{k}") for k, each in enumerate(layout.sweeps)]
-        self.ends = [finish_function(floats, layout, each, f"finish_{k}") for k, each in enumerate(layout.sweeps)]
+        self.stages = [stage_function(floats, layout, each, f"stage_{k}") for k, each in enumerate(layout.stages)]
         self.drive = drive_function(floats, layout, STAGE)
         self.code = code = Code(floats, run)
         b = code.b
@@ -138,10 +137,9 @@ class _Run:
         return following[0]
 
     def _step(self, t: ir.Value, count: ir.Value) -> None:
-        for sweep, function, finish in zip(self.layout.sweeps, self.sweeps, self.ends, strict=True):
-            self._stage(function, self.code.number(sweep.steps), t, count)
-            if finish is not None:
-                self._stage(finish, count, t, count)
+        for stage, function in zip(self.layout.stages, self.stages, strict=True):
+            total = count if isinstance(stage, Chain) else self.code.number(stage.steps)
+            self._stage(function, total, t, count)
 
     def _stage(self, function: ir.Function, total: ir.Value, t: ir.Value, count: ir.Value) -> None:
         code, b = self.code, self.code.b

@@ -160,7 +160,7 @@ class Kernel:
             return 1, 1
         # With a row or two for each thread, every weight is read for too little: better each thread its own weights.
         meet = MEET if threads > B else 8 * MEET
-        if 2 * threads >= B and B * self._work >= meet * self.layout.stages:
+        if 2 * threads >= B and B * self._work >= meet * len(self.layout.stages):
             return 0, threads
         parts = max(1, min(B, threads))
         return parts, parts

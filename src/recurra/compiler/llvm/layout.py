@@ -5,7 +5,8 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
 
@@ -69,6 +70,39 @@ class Sweep:
         return self.steps * (self.period // (self.region.width // node.width)) * self.vectors * lanes
 
 
+@dataclass(frozen=True)
+class Chain:
+    """What is done a row at a time: reductions of the sweep before are finished, then ``sweeps`` follow one another."""
+
+    before: Sweep | None
+    sweeps: tuple[Sweep, ...]
+
+
+def stages_of(sweeps: Sequence[Sweep]) -> tuple[Sweep | Chain, ...]:
+    """What is done with all rows before anything else is, in order.
+
+    A single sweep without products or reductions is no chain: its steps can be shared among more threads.
+    """
+    found: list[Sweep | Chain] = []
+    for sweep in sweeps:
+        last = found[-1] if found else None
+        if sweep.groups or sweep.chunks:
+            found.append(sweep)
+            if sweep.finished:
+                found.append(Chain(sweep, ()))
+        elif isinstance(last, Chain):
+            found[-1] = replace(last, sweeps=(*last.sweeps, sweep))
+        else:
+            found.append(Chain(None, (sweep,)))
+
+    def alone(stage: Sweep | Chain) -> Sweep | Chain:
+        if isinstance(stage, Sweep) or stage.before or len(stage.sweeps) > 1 or stage.sweeps[0].region.reductions:
+            return stage
+        return stage.sweeps[0]
+
+    return tuple(map(alone, found))
+
+
 class Layout:
     """Numbers that the generated code and its caller must agree on."""
 
@@ -77,6 +111,7 @@ class Layout:
         program = plan.program
         self.panels = 0
         self.sweeps = tuple(self._sweep(region, floats) for region in plan.regions)
+        self.stages = stages_of(self.sweeps)
         names: list[tuple[str, int]] = []
         for name, count in (
             ("input", len(program.inputs)),
@@ -104,9 +139,10 @@ class Layout:
         for place in sorted(plan.homes):
             if place not in program.outputs:
                 self._slot("home", place, program.nodes[place].width, floats, 2 if place in program.new else 1)
-        for sweep in self.sweeps:
-            for place in sweep.region.reductions:
-                self._slot("partial", place, sweep.partial(place, program), floats)
+        for stage in self.stages:
+            # What a chain reduces it finishes itself.
+            for place in stage.region.reductions if isinstance(stage, Sweep) else ():
+                self._slot("partial", place, stage.partial(place, program), floats)
         # Rows a multiple of a kilobyte apart would fall into the same few cache lines.
         self.scratch += _LINE // floats.bytes if self.scratch * floats.bytes % 1024 == 0 else 0
 
@@ -149,11 +185,6 @@ class Layout:
         finished = [k for k in region.reductions if k in over or region.width // nodes[k].width > stretch]
         vectors = -(-stretch // floats.lanes)
         return Sweep(region, (), vectors, floats.lanes, 1, 1, tuple(finished), period, chunks)
-
-    @property
-    def stages(self) -> int:
-        """How often threads that divide the features wait for each other in a step."""
-        return sum(2 if sweep.finished else 1 for sweep in self.sweeps)
 
     @cached_property
     def pieces(self) -> tuple[tuple[Sweep, Group, bool, int], ...]:

@@ -5,7 +5,7 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llvmlite import ir
 
@@ -42,6 +42,11 @@ class Memory:
     def old(self, carry: int, row: ir.Value) -> ir.Value:
         """Where the pointer to a row's carry is kept."""
         return self.code.b.gep(self.base("old", carry), [row], source_etype=POINTER)
+
+    def find_partials(self, places: Iterable[int]) -> None:
+        """Reads where the partial results of reductions lie, for all blocks that come after this one."""
+        for place in places:
+            self.base("partial", place)
 
     def partial(self, place: int, row: ir.Value) -> ir.Value:
         return self.code.at(self.base("partial", place), self.code.times(row, self.layout.scratch))

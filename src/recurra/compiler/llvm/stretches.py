@@ -20,6 +20,7 @@ class Stretches(Body):
 
     def emit(self, begin: ir.Value, end: ir.Value) -> None:
         code, b, sweep = self.code, self.code.b, self.sweep
+        self.memory.find_partials(self.region.reductions)
         with code.loop(self.count) as index:
             row = self.row(index)
             pointers = {view: rows(row) for view, rows in self.views.items()}

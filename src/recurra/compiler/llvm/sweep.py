@@ -6,14 +6,14 @@ Legend: T time, B batch, I input, H hidden, O output, D any feature.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from llvmlite import ir
 
-from recurra.compiler.ir import Node, Op
-from recurra.compiler.llvm.body import REDUCE, Body, across
+from recurra.compiler.ir import Op
+from recurra.compiler.llvm.body import Body
+from recurra.compiler.llvm.chain import Links
 from recurra.compiler.llvm.code import I64, POINTER, VOID, Code, Floats
-from recurra.compiler.llvm.layout import Group, Layout, Sweep
+from recurra.compiler.llvm.layout import Chain, Group, Layout, Sweep
 from recurra.compiler.llvm.memory import Memory
 from recurra.compiler.llvm.product import product
 from recurra.compiler.llvm.stretches import Stretches
@@ -24,67 +24,26 @@ from recurra.compiler.regions import View
 STAGE = ir.FunctionType(VOID, [POINTER, I64, I64, POINTER, POINTER, I64, I64, I64])
 
 
-def sweep_function(floats: Floats, layout: Layout, sweep: Sweep, name: str) -> ir.Function:
-    """A stage whose pieces are the steps of a region's sweep."""
-    region = sweep.region
-    if region.width == 1 and not region.products and not region.reductions:
-        # A division of a whole vector takes several times that of the one number that is in it.
-        floats = Floats(floats.module, floats.dtype, floats.target, lanes=1)
+def stage_function(floats: Floats, layout: Layout, stage: Sweep | Chain, name: str) -> ir.Function:
+    """A stage whose pieces are the steps of a region's sweep, or of a chain the rows."""
     function = floats.function(name, STAGE.args)
     # A step of a small cell is so short that the call would be felt.
     function.attributes.add("alwaysinline")
-    code = Code(floats, function)
     table, B, t, work, active, count, begin, end = function.args
-    memory = Memory(code, layout, table, work, B, t)
-    kind = _Sweep if sweep.chunks == 0 else Stretches
-    kind(code, layout, sweep, memory, active, count).emit(begin, end)
-    return function
-
-
-def finish_function(floats: Floats, layout: Layout, sweep: Sweep, name: str) -> ir.Function | None:
-    """A stage whose pieces are the rows: the region's reductions, when all its steps are done."""
-    if not sweep.finished:
-        return None
-    function = floats.function(name, STAGE.args)
     code = Code(floats, function)
-    table, B, t, work, active, count, begin, end = function.args
     memory = Memory(code, layout, table, work, B, t)
-    body = None if sweep.chunks == 0 else Stretches(code, layout, sweep, memory, active, count)
-    for place in sweep.finished:
-        start = memory.rows(View(place, True))
-        memory.base("partial", place)
-        with code.loop(end, begin) as index:
-            row = code.entry(active, index, I64)
-            if body is None:
-                _finish(code, layout.program.nodes[place], sweep.steps, memory.partial(place, row), start(row))
-            else:
-                body.finish(place, memory.partial(place, row), start(row))
-    code.b.ret_void()
+    if isinstance(stage, Chain):
+        Links(code, layout, stage, memory, active, count).emit(begin, end)
+        return function
+    kind = _Sweep if stage.chunks == 0 else Stretches
+    kind(code, layout, stage, memory, active, count).emit(begin, end)
     return function
-
-
-def _finish(code: Code, node: Node, steps: int, partials: ir.Value, target: ir.Value) -> None:
-    """One number from the partial ones of each step and lane."""
-    value = code.load(partials)
-    if steps > 1:
-        with code.sums([value], steps, 1) as (step, (total,), following):
-            more = code.load(code.at(partials, code.times(step, code.floats.lanes)))
-            following.append(REDUCE[node.op](code, total, more))
-        (value,) = following
-    code.store_first(across(code, node.op, value), target)
-
-
-@dataclass(frozen=True)
-class Pointers:
-    """Where one row has what the body reads and writes."""
-
-    views: Mapping[View, ir.Value]
-    partials: Mapping[int, ir.Value]
 
 
 class _Sweep(Body):
     def emit(self, begin: ir.Value, end: ir.Value) -> None:
         code = self.code
+        self.memory.find_partials(self.region.reductions)
         if self.sweep.groups:
             self._products(begin, end)
         elif self.region.stores or self.region.reductions:
@@ -103,16 +62,30 @@ class _Sweep(Body):
     def _row_of_step(self, step: ir.Value, row: ir.Value, index: ir.Value, buffers: list[ir.Value]) -> None:
         """All vectors of a step in one row, the one of number ``index`` in the tiles in ``buffers``."""
         code = self.code
-        partials = {}
-        for place in self.region.reductions:
-            offset = code.times(step, self.floats.lanes)
-            partials[place] = code.at(self.memory.partial(place, row), offset)
-            # Each step has its own, so that the sum does not depend on who takes which steps.
-            code.store(self.neutral(place), partials[place])
-        pointers = Pointers({view: rows(row) for view, rows in self.views.items()}, partials)
+        # Each step has its own partial results, so that the sum does not depend on who takes which steps.
+        offset = code.times(step, self.floats.lanes)
+        partials = [code.at(self.memory.partial(place, row), offset) for place in self.region.reductions]
+        pointers = {view: rows(row) for view, rows in self.views.items()}
         first, vectors = self._vectors(step)
-        with code.loop(vectors) as vector:
-            self._body(code.plus(first, vector), pointers, self._tiled(buffers, index, vector, vectors))
+        rest = self.region.width % self.floats.lanes
+        whole = code.smaller(code.b.sub(code.number(self.sweep.vectors - bool(rest)), first), self.sweep.stride)
+
+        def body(vector: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+            tiled = self._tiled(buffers, index, vector, vectors)
+            return self._lanes(code.times(code.plus(first, vector), self.floats.lanes), pointers, tiled, sums, mask)
+
+        sums = [self.neutral(place) for place in self.region.reductions]
+        if self.sweep.vectors > bool(rest):
+            with code.sums(sums, whole) as (vector, carried, following):
+                following += body(vector, carried, None)
+            sums = following
+        for total, partial in zip(sums, partials, strict=True):
+            code.store(total, partial)
+        if rest:
+            with code.b.if_then(code.b.icmp_unsigned("<", whole, vectors), likely=False):
+                sums = body(whole, [code.load(partial) for partial in partials], self.floats.tail(rest))
+                for total, partial in zip(sums, partials, strict=True):
+                    code.store(total, partial)
 
     # Products
 
@@ -177,36 +150,25 @@ class _Sweep(Body):
 
     # One vector of features of one row
 
-    def _body(self, vector: ir.Value, pointers: Pointers, tiled: Mapping[int, ir.Value]) -> None:
-        code, vectors = self.code, self.sweep.vectors
-        rest = self.region.width % self.floats.lanes
-        offset = code.times(vector, self.floats.lanes)
-        if not rest or vectors == 1:
-            self._lanes(offset, pointers, tiled, self.floats.tail(rest) if rest else None)
-            return
-        last = code.b.icmp_unsigned("==", vector, code.number(vectors - 1))
-        with code.b.if_else(last, likely=False) as (then, otherwise):
-            with then:
-                self._lanes(offset, pointers, tiled, self.floats.tail(rest))
-            with otherwise:
-                self._lanes(offset, pointers, tiled, None)
-
     def _lanes(
         self,
         offset: ir.Value,
-        pointers: Pointers,
+        pointers: Mapping[View, ir.Value],
         tiled: Mapping[int, ir.Value],
+        sums: list[ir.Value],
         mask: ir.Value | None,
-    ) -> None:
+    ) -> list[ir.Value]:
+        """Gives the sums, and this vector."""
         code = self.code
         given = {place: code.load(pointer) for place, pointer in tiled.items()}
         operand = self.values(given, lambda view, kind: self._read(view, pointers, offset, mask))
-        for place, kept in pointers.partials.items():
-            code.store(self.reduced(place, operand, code.load(kept), mask), kept)
-        self.keep(operand, lambda view: code.at(pointers.views[view], offset), mask)
+        pairs = zip(self.region.reductions, sums, strict=True)
+        found = [self.reduced(place, operand, so_far, mask) for place, so_far in pairs]
+        self.keep(operand, lambda view: code.at(pointers[view], offset), mask)
+        return found
 
-    def _read(self, view: View, pointers: Pointers, offset: ir.Value, mask: ir.Value | None) -> ir.Value:
-        code, pointer = self.code, pointers.views[view]
+    def _read(self, view: View, pointers: Mapping[View, ir.Value], offset: ir.Value, mask: ir.Value | None) -> ir.Value:
+        code, pointer = self.code, pointers[view]
         if view.splat:
             return code.load_splat(pointer)
         if view.features:
