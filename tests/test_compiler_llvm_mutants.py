@@ -10,10 +10,10 @@ import pytest
 from loop_programs import random_operands
 from native import agree, kernel_of, program_of
 from recurra.compiler.build import Builder
+from recurra.compiler.llvm import chain as chain_module
 from recurra.compiler.llvm import code as code_module
 from recurra.compiler.llvm import emit as emit_module
 from recurra.compiler.llvm import kernel as kernel_module
-from recurra.compiler.llvm import sweep as sweep_module
 from recurra.compiler.llvm.kernel import Kernel
 from recurra.compiler.llvm.target import host
 
@@ -43,9 +43,42 @@ def test_rows_that_no_tile_takes_are_told_apart(monkeypatch):
 
 
 def test_a_step_that_a_sum_forgets_is_told_apart(monkeypatch):
-    right = sweep_module._finish
-    monkeypatch.setattr(sweep_module, "_finish", lambda code, node, steps, *where: right(code, node, steps - 1, *where))
+    right = chain_module._finish
+    monkeypatch.setattr(chain_module, "_finish", lambda code, node, steps, *where: right(code, node, steps - 1, *where))
     killed(Kernel(program_of("layer_norm_lstm", 33), np.float64))
+
+
+def test_a_number_of_another_reduction_is_told_apart(monkeypatch):
+    right = chain_module.Link._number
+
+    def wrong(link, view, pointer, known):
+        number = known.numbers.get(view.place)
+        others = [each for each in known.numbers.values() if each is not number]
+        return link.code.spread(others[-1]) if number is not None and others else right(link, view, pointer, known)
+
+    monkeypatch.setattr(chain_module.Link, "_number", wrong)
+    killed(Kernel(program_of("layer_norm_lstm", 33), np.float64))
+
+
+def test_a_vector_of_other_features_is_told_apart(monkeypatch):
+    """What a region has calculated is handed to the next one, from the first feature on whichever was asked for."""
+    right = chain_module.Row.vector
+    monkeypatch.setattr(
+        chain_module.Row, "vector", lambda row, place, start, lanes, least: right(row, place, 0, lanes, least)
+    )
+    killed(Kernel(program_of("layer_norm_lstm", 33), np.float64))
+
+
+def test_a_tail_that_is_taken_for_a_whole_vector_is_told_apart(monkeypatch):
+    right = chain_module.Row.vector
+    monkeypatch.setattr(
+        chain_module.Row, "vector", lambda row, place, start, lanes, least: right(row, place, start, lanes, 1)
+    )
+    b = Builder()
+    x, y = b.input(3), b.input(5)
+    # Regions of other widths: the second one reads what the first one has in its last vector, and more.
+    wide = b.concat([b.tanh(x), y * 2.0])
+    killed(Kernel(b.finish([wide * b.sum(wide)], []), np.float64))
 
 
 def test_a_carry_that_is_not_brought_forward_is_told_apart(monkeypatch):

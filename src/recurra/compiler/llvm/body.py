@@ -13,6 +13,7 @@ from llvmlite import ir
 from recurra.compiler.ir import COMPARISONS, Kind, Node, Op
 from recurra.compiler.llvm import maths
 from recurra.compiler.llvm.code import I32, I64, Code
+from recurra.compiler.llvm.divide import onward
 from recurra.compiler.llvm.layout import Layout, Sweep
 from recurra.compiler.llvm.memory import Memory
 from recurra.compiler.regions import View
@@ -33,6 +34,7 @@ class Body:
         self.active, self.count = active, count
         self.here = {*self.region.products, *self.region.pointwise}
         self.views = {view: memory.rows(view) for view in self._views()}
+        self.onward = onward(code, memory.table, memory.B)
 
     def row(self, index: ir.Value) -> ir.Value:
         """The number of an active row."""
@@ -76,6 +78,7 @@ class Body:
         """Writes what is stored of this vector."""
         for view, value in self.stored(operand):
             self.code.store(value, target(view), mask)
+            self.foresee(view, target(view))
 
     def reduced(self, place: int, operand: Operand, so_far: ir.Value, mask: ir.Value | None) -> ir.Value:
         """A reduction so far, and this vector."""
@@ -87,6 +90,14 @@ class Body:
 
     def neutral(self, place: int) -> ir.Constant:
         return self.floats.splat(_NEUTRAL[self.nodes[place].op])
+
+    def foresee(self, view: View, pointer: ir.Value) -> None:
+        """Asks for what the next step reads or writes where this one does at ``pointer``: a row's inputs and outputs
+        are too many streams for the machine to foresee."""
+        node = self.nodes[view.place]
+        if view.place in self.layout.program.outputs if view.home else node.op is Op.INPUT:
+            onward = self.code.times(self.onward, node.width)
+            self.code.prefetch(self.code.at(pointer, onward), to_write=view.home)
 
     def _of_kind(self, value: ir.Value, kind: Kind) -> ir.Value:
         return self.code.b.fcmp_unordered("!=", value, self.floats.splat(0.0)) if kind is Kind.BOOL else value

@@ -27,6 +27,11 @@ class Row:
         self.numbers: dict[int, ir.Value] = {}
         self.vectors: dict[tuple[int, int, int], tuple[ir.Value, int]] = {}
 
+    def vector(self, place: int, start: int, lanes: int, least: int) -> ir.Value | None:
+        """The vector of a home that has the features from ``start`` on, if at least so many are there."""
+        found, count = self.vectors.get((place, start, lanes), (None, 0))
+        return found if count >= least else None
+
 
 class Links:
     """A chain. Pieces are rows."""
@@ -96,18 +101,21 @@ class Link(Body):
                 if isinstance(offset, int) and view.home:
                     if width == 1 and view.place in known.numbers:
                         return code.spread(known.numbers[view.place])
-                    found, there = known.vectors.get((view.place, view.start + offset, lanes), (None, 0))
-                    if not view.features and there >= count:
+                    found = known.vector(view.place, view.start + offset, lanes, count)
+                    if found is not None and not view.features:
                         return found
                 if view.features:
                     return code.gather(pointers[view], view.features, code.number(offset), mask)
-                return code.load(code.at(pointers[view], offset), mask)
+                pointer = code.at(pointers[view], offset)
+                self.foresee(view, pointer)
+                return code.load(pointer, mask)
 
             operand = self.values({}, read)
             pairs = zip(self.region.reductions, sums, strict=True)
             found = [self.reduced(place, operand, so_far, mask) for place, so_far in pairs]
             for view, value in self.stored(operand):
                 code.store(value, code.at(pointers[view], offset), mask)
+                self.foresee(view, code.at(pointers[view], offset))
                 if isinstance(offset, int):
                     known.vectors[view.place, view.start + offset, lanes] = value, count
                     if width == 1 == self.nodes[view.place].width:

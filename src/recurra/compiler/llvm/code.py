@@ -226,10 +226,10 @@ class Code:
         self.b.store(number, pointer, align=self.floats.bytes)
         return number
 
-    def prefetch(self, pointer: ir.Value) -> None:
-        """Asks for memory that is read soon. It need not exist."""
+    def prefetch(self, pointer: ir.Value, to_write: bool = False) -> None:
+        """Asks for memory that is read soon, or written. It need not exist."""
         kind = ir.FunctionType(VOID, [POINTER, I32, I32, I32])
-        words = [ir.Constant(I32, number) for number in (0, 3, 1)]
+        words = [ir.Constant(I32, number) for number in (int(to_write), 3, 1)]
         self.b.call(self.floats.declared("llvm.prefetch.p0", kind), [pointer, *words])
 
     def copy(self, source: ir.Value | None, target: ir.Value, width: int) -> None:

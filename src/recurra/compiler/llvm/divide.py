@@ -57,6 +57,12 @@ class Words:
         return self.code.b.gep(self.pointer, [self.code.number(word)], source_etype=I64)
 
 
+def onward(code: Code, table: ir.Value, B: ir.Value) -> ir.Value:
+    """How many rows it is from those of this step to those of the next one."""
+    reverse = code.entry(table, HEADER.index("reverse") - TABLE, I64)
+    return code.b.select(code.b.icmp_unsigned("!=", reverse, code.number(0)), code.b.neg(B), B)
+
+
 def drive_function(floats: Floats, layout: Layout, stage: ir.FunctionType) -> ir.Function:
     """``f(words, stage, total, t, work, active, count, member, members, number)``: a stage, divided into pieces.
 

@@ -139,10 +139,10 @@ class Layout:
         for place in sorted(plan.homes):
             if place not in program.outputs:
                 self._slot("home", place, program.nodes[place].width, floats, 2 if place in program.new else 1)
-        for stage in self.stages:
-            # What a chain reduces it finishes itself.
-            for place in stage.region.reductions if isinstance(stage, Sweep) else ():
-                self._slot("partial", place, stage.partial(place, program), floats)
+        # What a chain reduces it finishes itself.
+        for sweep in (stage for stage in self.stages if isinstance(stage, Sweep)):
+            for place in sweep.region.reductions:
+                self._slot("partial", place, sweep.partial(place, program), floats)
         # Rows a multiple of a kilobyte apart would fall into the same few cache lines.
         self.scratch += _LINE // floats.bytes if self.scratch * floats.bytes % 1024 == 0 else 0
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from llvmlite import ir
 
-from recurra.compiler.ir import Op
 from recurra.compiler.llvm.body import Body
 from recurra.compiler.llvm.chain import Links
 from recurra.compiler.llvm.code import I64, POINTER, VOID, Code, Floats
@@ -173,7 +172,6 @@ class _Sweep(Body):
             return code.load_splat(pointer)
         if view.features:
             return code.gather(pointer, view.features, offset, mask)
-        if self.nodes[view.place].op is Op.INPUT and not view.home and self.sweep.groups:
-            # A tile reads a few features of many rows, too many streams for the machine to foresee.
-            code.prefetch(code.at(pointer, code.plus(offset, self.floats.lanes * self.sweep.stride)))
-        return code.load(code.at(pointer, offset), mask)
+        pointer = code.at(pointer, offset)
+        self.foresee(view, pointer)
+        return code.load(pointer, mask)
