@@ -16,10 +16,11 @@ import catalogue
 from recurra.cell import Cell, leaves
 from recurra.compiler import hoisted
 from recurra.compiler.context import find_rows
+from recurra.compiler.decompose import decompositions
 from recurra.compiler.eager import EagerLoop, steps
 from recurra.compiler.hoisted import Call
 from recurra.compiler.interpret import interpret
-from recurra.compiler.lower import Lowered, decompositions, lower
+from recurra.compiler.lower import Lowered, lower
 from recurra.compiler.operands import Operands
 from recurra.compiler.plan import Analysis, Plan
 from recurra.compiler.rows import by_row

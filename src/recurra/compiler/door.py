@@ -17,10 +17,10 @@ from recurra.compiler import operator
 from recurra.compiler.autograd import run
 from recurra.compiler.context import Form, find_rows, flatten, rebuild
 from recurra.compiler.cpu import CPU
+from recurra.compiler.decompose import decompositions, needed
 from recurra.compiler.explain import Details, details
 from recurra.compiler.fingerprint import Attributes, fingerprint, look
 from recurra.compiler.hoisted import Call
-from recurra.compiler.lower import decompositions
 from recurra.compiler.plan import Analysis, Plan
 from recurra.compiler.surroundings import TRACING, check, check_hooks, check_program, undisturbed
 from recurra.compiler.trace import trace, weights_of
@@ -278,7 +278,7 @@ class Traced:
         native = self.backend != "hoisted"
         if key not in self._analyses:
             rows = find_rows(cell, B, given, context)
-            table = decompositions() if native else None
+            table = decompositions() if native else needed()
             with undisturbed():
                 step = trace(cell, x[0], state, context, rows, table, tapped=recording() is not None)
             _keep(self._analyses, key, Analysis(step))

@@ -36,8 +36,6 @@ _SAME = {
     _aten.detach, _aten._to_copy, _aten.lift_fresh_copy,
 }  # fmt: skip
 _TURNS = {_aten.t, _aten.transpose, _aten.permute}
-# What the core table leaves whole, and no rule is needed for once it is taken apart.
-_MORE = [_aten.elu, _aten.leaky_relu, _aten.hardtanh, _aten.linalg_vector_norm]
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,6 @@ class Lowered:
     matrices: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     sunk: tuple[fx.Node, ...] = ()
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """The table with which to trace a step that is to be lowered: all but what there is a rule for is taken apart."""
-    core = torch._decomp.core_aten_decompositions()
-    table: dict[Any, Callable[..., Any]] = {**core, **torch._decomp.get_decompositions(_MORE)}
-    # Taken apart, the gradient of an embedding is no sum over the rows any more.
-    rules = POINTWISE.keys() | RULES.keys() | {_aten.embedding_dense_backward}
-    return {t: how for t, how in table.items() if not {t, getattr(t, "overloadpacket", t)} & rules}
 
 
 def lower(

@@ -19,11 +19,12 @@ from torch import Tensor, fx
 
 from recurra.cell import Cell, State, leaves
 from recurra.compiler.context import find_rows, flatten
+from recurra.compiler.decompose import decompositions
 from recurra.compiler.fingerprint import Attributes, fingerprint, look
 from recurra.compiler.lines import at_line, line_of, name_of
 from recurra.compiler.llvm.divide import TABLE
 from recurra.compiler.llvm.kernel import Kernel, Workspace, kernel_for
-from recurra.compiler.lower import Lowered, decompositions, lower
+from recurra.compiler.lower import Lowered, lower
 from recurra.compiler.plan import Analysis
 from recurra.compiler.rows import by_row
 from recurra.compiler.schedule import LOOP, ONCE, Stage

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call, functionalize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recurra.cell import Cell, State, leaves, map_state
 from recurra.compiler.context import Form, flatten, rebuild
@@ -258,7 +259,11 @@ def _record(
         tracing_mode="fake",
     )
     try:
-        with fx.traceback.preserve_node_meta(), torch.inference_mode(False), torch.enable_grad():
+        # PyTorch's table takes fused attention apart in the forward pass only: what the fused backward pass would be
+        # given then is something else, and its gradients wrong.
+        whole = _aten._scaled_dot_product_flash_attention_for_cpu.default not in (decompositions or ())
+        attention = nullcontext() if whole else sdpa_kernel(SDPBackend.MATH)
+        with fx.traceback.preserve_node_meta(), torch.inference_mode(False), torch.enable_grad(), attention:
             return tracer(inputs)
     except RecurraError:
         raise
