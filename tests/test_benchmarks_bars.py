@@ -91,6 +91,16 @@ def test_a_cell_of_ones_own_is_held_to_the_lstm_and_to_the_eager_loop():
     assert the(judged(row("own gated", B=128, recurra=1.1, eager=5.0)), "5 times the eager").passed is None
 
 
+def test_what_no_code_could_reach_is_counted_and_still_missed():
+    own = row("own gated")
+    at_limit = 1e3 * own["flops"] / 1e11
+    bar = the(judged(row("own gated", recurra=at_limit, eager=4 * at_limit)), "5 times the eager")
+    assert bar.passed is False
+    assert bar.worst.endswith("1 of them beyond the machine's limit")
+    bar = the(judged(row("own gated", recurra=2 * at_limit, eager=6 * at_limit)), "5 times the eager")
+    assert (bar.passed, "beyond" in bar.worst) == (False, False)
+
+
 def test_c1_shows_both_figures():
     bar = the(judged(row("GRU", 64, 32, 128, "C1", recurra=4.9, nn=10.0)), "C1")
     assert (bar.passed, bar.worst) == (True, "4.90 ms; torch.nn.GRU 10.00 ms")

@@ -98,14 +98,14 @@ class Link(Body):
             def read(view: View, _: Kind) -> ir.Value:
                 if view in splats:
                     return splats[view]
-                if isinstance(offset, int) and view.home:
-                    if width == 1 and view.place in known.numbers:
-                        return code.spread(known.numbers[view.place])
-                    found = known.vector(view.place, view.start + offset, lanes, count)
-                    if found is not None and not view.features:
-                        return found
                 if view.features:
                     return code.gather(pointers[view], view.features, code.number(offset), mask)
+                if view.home and width == 1 and view.place in known.numbers:
+                    return code.spread(known.numbers[view.place])
+                if view.home and isinstance(offset, int):
+                    found = known.vector(view.place, view.start + offset, lanes, count)
+                    if found is not None:
+                        return found
                 pointer = code.at(pointers[view], offset)
                 self.foresee(view, pointer)
                 return code.load(pointer, mask)

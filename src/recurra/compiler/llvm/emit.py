@@ -10,14 +10,36 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from recurra.compiler.llvm.chain import Links
 from recurra.compiler.llvm.code import I8, I64, POINTER, VOID, Code, Floats
 from recurra.compiler.llvm.divide import Words, bound_function, drive_function
-from recurra.compiler.llvm.layout import Chain, Layout
+from recurra.compiler.llvm.layout import Chain, Layout, Sweep
 from recurra.compiler.llvm.memory import Memory
 from recurra.compiler.llvm.pack import pack_function
-from recurra.compiler.llvm.sweep import STAGE, stage_function
+from recurra.compiler.llvm.stretches import Stretches
+from recurra.compiler.llvm.sweep import Swept
 from recurra.compiler.llvm.target import Target
 from recurra.compiler.regions import Plan, View
+
+# f(table, B, t, work, active, count, begin, end): a stage of time t, for the ``count`` rows that ``active`` lists, in
+# pieces from begin to end. ``work`` is the thread's own memory.
+STAGE = ir.FunctionType(VOID, [POINTER, I64, I64, POINTER, POINTER, I64, I64, I64])
+
+
+def stage_function(floats: Floats, layout: Layout, stage: Sweep | Chain, name: str) -> ir.Function:
+    """A stage whose pieces are the steps of a region's sweep, or of a chain the rows."""
+    function = floats.function(name, STAGE.args)
+    # A step of a small cell is so short that the call would be felt.
+    function.attributes.add("alwaysinline")
+    table, B, t, work, active, count, begin, end = function.args
+    code = Code(floats, function)
+    memory = Memory(code, layout, table, work, B, t)
+    if isinstance(stage, Chain):
+        Links(code, layout, stage, memory, active, count).emit(begin, end)
+        return function
+    kind = Swept if stage.chunks == 0 else Stretches
+    kind(code, layout, stage, memory, active, count).emit(begin, end)
+    return function
 
 
 def emit(plan: Plan, dtype: np.dtype[Any], target: Target) -> tuple[str, Layout]:

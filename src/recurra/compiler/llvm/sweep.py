@@ -10,36 +10,15 @@ from collections.abc import Mapping
 from llvmlite import ir
 
 from recurra.compiler.llvm.body import Body
-from recurra.compiler.llvm.chain import Links
-from recurra.compiler.llvm.code import I64, POINTER, VOID, Code, Floats
-from recurra.compiler.llvm.layout import Chain, Group, Layout, Sweep
-from recurra.compiler.llvm.memory import Memory
+from recurra.compiler.llvm.code import I64, POINTER
+from recurra.compiler.llvm.layout import Group
 from recurra.compiler.llvm.product import product
-from recurra.compiler.llvm.stretches import Stretches
 from recurra.compiler.regions import View
 
-# f(table, B, t, work, active, count, begin, end): a stage of time t, for the ``count`` rows that ``active`` lists, in
-# pieces from begin to end. ``work`` is the thread's own memory.
-STAGE = ir.FunctionType(VOID, [POINTER, I64, I64, POINTER, POINTER, I64, I64, I64])
 
+class Swept(Body):
+    """A sweep that is no chain's, and not in stretches. Pieces are its steps."""
 
-def stage_function(floats: Floats, layout: Layout, stage: Sweep | Chain, name: str) -> ir.Function:
-    """A stage whose pieces are the steps of a region's sweep, or of a chain the rows."""
-    function = floats.function(name, STAGE.args)
-    # A step of a small cell is so short that the call would be felt.
-    function.attributes.add("alwaysinline")
-    table, B, t, work, active, count, begin, end = function.args
-    code = Code(floats, function)
-    memory = Memory(code, layout, table, work, B, t)
-    if isinstance(stage, Chain):
-        Links(code, layout, stage, memory, active, count).emit(begin, end)
-        return function
-    kind = _Sweep if stage.chunks == 0 else Stretches
-    kind(code, layout, stage, memory, active, count).emit(begin, end)
-    return function
-
-
-class _Sweep(Body):
     def emit(self, begin: ir.Value, end: ir.Value) -> None:
         code = self.code
         self.memory.find_partials(self.region.reductions)
