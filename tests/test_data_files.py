@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recurra.data import files
 from recurra.data.files import expand, name_of, read_byte_chunks, read_text_chunks, rereadable
 from recurra.errors import DataError
 
@@ -197,6 +198,15 @@ def test_any_bytes_are_the_same_text_or_a_refusal_at_the_first_wrong_byte(tmp_pa
     with pytest.raises(DataError, match="--unit byte") as caught:
         _chunks(folder, data, chunk)
     assert f"offset {wrong} " in str(caught.value) or "UTF-16" in str(caught.value)
+
+
+def test_a_file_is_closed_as_soon_as_its_text_is_wrong(tmp_path, monkeypatch):
+    opened = []
+    right = files._opened
+    monkeypatch.setattr(files, "_opened", lambda source: opened.append(right(source)) or opened[-1])
+    with pytest.raises(DataError) as caught:
+        _chunks(tmp_path, b"ok\xff and more", 4)
+    assert [file.closed for file in opened] == [True], caught
 
 
 def test_a_wrong_byte_is_named_with_its_file_and_place(tmp_path):

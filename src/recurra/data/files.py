@@ -11,7 +11,7 @@ import itertools
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn, TypeAlias
 
@@ -58,7 +58,7 @@ def name_of(source: Source) -> str:
     return "standard input" if isinstance(source, str) else str(source)
 
 
-def read_byte_chunks(source: Source, chunk: int = CHUNK, name: str | None = None) -> Iterator[bytes]:
+def read_byte_chunks(source: Source, chunk: int = CHUNK, name: str | None = None) -> Generator[bytes, None, None]:
     """The bytes of a source as they are, ``chunk`` of them at most at a time.
 
     ``name`` is what messages call the source. Standard input is read on from where it stands.
@@ -82,15 +82,17 @@ def read_text_chunks(source: Source, chunk: int = CHUNK, name: str | None = None
     name = name or name_of(source)
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     beginning, pending, offset = True, b"", 0
-    chunks = zip(read_byte_chunks(source, chunk, name), itertools.repeat(False))
-    for fresh, final in itertools.chain(chunks, [(b"", True)]):
-        data = pending + fresh
-        text, used = _decode(data, final, offset, name)
-        pending, offset = data[used:], offset + used
-        if beginning and text:
-            text, beginning = text.removeprefix("\ufeff"), False
-        if text := newlines.decode(text, final):
-            yield text
+    # Closed at once where the text is wrong, and not when the error that shows it is forgotten.
+    with contextlib.closing(read_byte_chunks(source, chunk, name)) as pieces:
+        chunks = zip(pieces, itertools.repeat(False))
+        for fresh, final in itertools.chain(chunks, [(b"", True)]):
+            data = pending + fresh
+            text, used = _decode(data, final, offset, name)
+            pending, offset = data[used:], offset + used
+            if beginning and text:
+                text, beginning = text.removeprefix("\ufeff"), False
+            if text := newlines.decode(text, final):
+                yield text
 
 
 @contextlib.contextmanager
