@@ -78,7 +78,8 @@ def _finish(code: Code, node: Node, steps: int, partials: ir.Value, target: ir.V
 
 def narrow(code: Code, sweep: Sweep) -> Code:
     """For one number: a division of a whole vector takes several times that of the one number that is in it."""
-    return code.of_lanes(1) if sweep.region.width == 1 and not sweep.region.reductions else code
+    single = sweep.region.width == 1 and not sweep.groups and not sweep.region.reductions
+    return code.of_lanes(1) if single else code
 
 
 class Link(Body):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from recurra.compiler.llvm.chain import Links
+from recurra.compiler.llvm.chain import Links, narrow
 from recurra.compiler.llvm.code import I8, I64, POINTER, VOID, Code, Floats
 from recurra.compiler.llvm.divide import Words, bound_function, drive_function
 from recurra.compiler.llvm.layout import Chain, Layout, Sweep
@@ -38,7 +38,7 @@ def stage_function(floats: Floats, layout: Layout, stage: Sweep | Chain, name: s
         Links(code, layout, stage, memory, active, count).emit(begin, end)
         return function
     kind = Swept if stage.chunks == 0 else Stretches
-    kind(code, layout, stage, memory, active, count).emit(begin, end)
+    kind(narrow(code, stage), layout, stage, memory, active, count).emit(begin, end)
     return function
 
 

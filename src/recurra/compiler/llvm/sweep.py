@@ -24,7 +24,7 @@ class Swept(Body):
         self.memory.find_partials(self.region.reductions)
         if self.sweep.groups:
             self._products(begin, end)
-        elif self.region.stores or self.region.reductions:
+        elif self.region.stores:
             with code.loop(self.count) as index:
                 row = self.row(index)
                 with code.loop(end, begin) as step:
